@@ -1,0 +1,92 @@
+"""``invdiff.reconstruct``: the whole way from measurements to an image in the prior's unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from invdiff.noise import KeyedNoise
+from invdiff.priors.model import load
+from invdiff.priors.wrappers import Chunked
+from invdiff.problem import Prepared, prepare
+from invdiff.protocols import Operator, Prior, Sampler, State
+from invdiff.run import guarded, iterate, residual_norms
+from invdiff.samplers.dds import DDS
+from invdiff.units import MU_WATER
+
+
+class Result(NamedTuple):
+    """x: the image (s c h w) in the prior's physical unit; record: what was run and how well y is matched."""
+
+    x: Tensor
+    record: dict[str, Any]
+
+
+def record_of(prepared: Prepared, sampler: Sampler[Any], state: State, seed: int) -> dict[str, Any]:
+    """What a result is: sampler and its fields, prior, seed, norm, noise and the residual's chi^2 per measurement."""
+    problem = prepared.problem
+    residual = residual_norms(problem, state.x)
+    # y may be complex: two real components a measurement, each with deviation sigma_y
+    count = problem.y[0].numel() * (2 if problem.y.is_complex() else 1)
+    chi2 = (residual.square() / count / problem.sigma_y**2).tolist() if problem.sigma_y > 0 else None
+    info = getattr(problem.prior, "info", None)
+    return {
+        "sampler": {"kind": type(sampler).__name__, **asdict(sampler)},  # type: ignore[call-overload]
+        "prior": None if info is None else asdict(info),
+        "seed": seed,
+        "steps": state.i,
+        "operator_norm": prepared.norm,
+        "sigma_y_normalised": problem.sigma_y,
+        "residual": (residual / problem.y.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).tolist(),
+        "chi2": chi2,
+        "unit": prepared.unit,
+    }
+
+
+def reconstruct(
+    y: Tensor,
+    operator: Operator,
+    prior: str | Prior = "ct",
+    sampler: Sampler[Any] | None = None,
+    sigma_y: float = 0.0,
+    seed: int = 0,
+    chunk: int | None = None,
+    mu_water: float = MU_WATER,
+    progress: Callable[[Iterator[Any]], Iterator[Any]] | None = None,
+) -> Result:
+    """Reconstruct an image from measurements. Runs where ``y`` is; a prior given by name is put there too.
+
+    Args:
+        y: measurements, the shape of ``operator.range``, in physical units (line integrals for CT).
+        operator: any ``invdiff.protocols.Operator`` on physical units (1/mm for CT).
+        prior: a Prior, or the name or folder of one.
+        sampler: default ``DDS()``.
+        sigma_y: standard deviation of one real component of the noise; with ray weights give
+            ``Whitened(operator, sqrt_w)``, ``sqrt_w * y`` and 1.
+        seed: of all noise.
+        chunk: slices denoised at once; all if None.
+        mu_water: attenuation of water in 1/mm, for CT.
+        progress: wraps the iterator of states, such as a progress bar.
+
+    Returns:
+        ``x`` in the prior's unit (HU for ``ct``) and ``record``.
+
+    Raises:
+        ValueError: anything that does not fit; the message says what came and what was wanted.
+        invdiff.run.Diverged: NaN or a residual that grew tenfold.
+    """
+    chosen = DDS() if sampler is None else sampler
+    used = load(prior).to(y.device) if isinstance(prior, str) else prior
+    used = used if chunk is None else Chunked(used, chunk)
+    prepared = prepare(y, operator, used, sigma_y, KeyedNoise(seed), mu_water)
+    states: Iterator[Any] = guarded(iterate(chosen, prepared.problem), chosen, prepared.problem)
+    state = None
+    for state in states if progress is None else progress(states):
+        pass
+    if state is None:
+        raise ValueError("the progress wrapper yielded no state")
+    return Result(prepared.to_physical(state.x), record_of(prepared, chosen, state, seed))
