@@ -1,0 +1,36 @@
+"""What several samplers ask of their fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from invdiff.protocols import Problem
+
+
+def at_least(owner: object, **limits: float) -> None:
+    """Refuse fields below their limit, with the field's name and value."""
+    for name, limit in limits.items():
+        value = getattr(owner, name)
+        if value < limit:
+            raise ValueError(f"{type(owner).__name__}.{name} is {value}; at least {limit} is wanted")
+
+
+def linear(owner: object, problem: Problem) -> Any:
+    """The problem's operator, refused if it has no adjoint."""
+    if not hasattr(problem.operator, "adjoint"):
+        raise ValueError(
+            f"{type(owner).__name__} needs a linear operator; {type(problem.operator).__name__} has no adjoint"
+        )
+    return problem.operator
+
+
+def first_guess(problem: Problem) -> Tensor:
+    """The operator's pseudo-inverse of y where it has one (FBP for CT), in prior units, (s c h w)."""
+    pinv = getattr(problem.operator, "pinv", None)
+    return (
+        pinv(problem.y)
+        if pinv is not None
+        else problem.operator.vjp(problem.y.new_zeros(problem.operator.domain.shape), problem.y)
+    )

@@ -1,0 +1,146 @@
+"""Prior-free baselines on the same seams: FBP, CGLS, total variation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from invdiff.linalg import cg, cg_floor, cg_step, difference, difference_adjoint, inner, shrink
+from invdiff.protocols import Problem
+from invdiff.samplers.checks import at_least, first_guess, linear
+
+SLICES, ROWS, COLUMNS = 0, 2, 3
+
+
+class FBPState(NamedTuple):
+    """i: steps done; x: image (s c h w)."""
+
+    i: int
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class FBP:
+    """The operator's own pseudo-inverse in one step: filtered back-projection for CT, zero-filling for MRI."""
+
+    steps: int = 1
+
+    def sigma(self, i: int) -> float:  # noqa: ARG002
+        """Always 0: no noise levels."""
+        return 0.0
+
+    def init(self, problem: Problem) -> FBPState:
+        """Zero."""
+        linear(self, problem)
+        return FBPState(0, torch.zeros(problem.operator.domain.shape, device=problem.y.device))
+
+    def step(self, problem: Problem, state: FBPState) -> FBPState:
+        """x = A^+ y."""
+        return FBPState(self.steps, first_guess(problem))
+
+
+class CGLSState(NamedTuple):
+    """i: steps done; x: image; r: residual of the normal equations; p: direction (s c h w); floor: see ``cg_step``."""
+
+    i: int
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    floor: Tensor
+
+
+@dataclass(frozen=True)
+class CGLS:
+    """Conjugate gradients on the normal equations from zero; stopping early is the regularisation.
+
+    Args:
+        steps: iterations; 10 to 30 is usual for sparse-view CT.
+    """
+
+    steps: int = 15
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1)
+
+    def sigma(self, i: int) -> float:  # noqa: ARG002
+        """Always 0: no noise levels."""
+        return 0.0
+
+    def init(self, problem: Problem) -> CGLSState:
+        """x = 0, r = p = A^H y."""
+        r = linear(self, problem).adjoint(problem.y)
+        return CGLSState(0, torch.zeros_like(r), r, r, cg_floor(inner(r, r)))
+
+    def step(self, problem: Problem, state: CGLSState) -> CGLSState:
+        """One iteration, a step length a slice (Hestenes & Stiefel 1952)."""
+        i, x, r, p, floor = state
+        return CGLSState(i + 1, *cg_step(problem.operator.normal, x, r, p, floor), floor)
+
+
+class TVState(NamedTuple):
+    """i: sweeps done; x: image (s c h w); z, u: split gradient (rows, columns, slices) and scaled dual (3 s c h w)."""
+
+    i: int
+    x: Tensor
+    z: Tensor
+    u: Tensor
+
+
+@dataclass(frozen=True)
+class TV:
+    """min ||A x - y||^2 / 2 + lam TV_hw(x) + lam_z ||D_z x||_1 by ADMM with CG (Goldstein & Osher 2009).
+
+    The TV in the plane is isotropic; ``lam_z`` 0 leaves slices uncoupled.
+
+    Args:
+        steps: ADMM sweeps.
+        lam: weight in the plane, for [-1, 1] images and ||A|| = 1.
+        lam_z: weight across slices.
+        rho: ADMM penalty; it changes the speed, not the limit.
+        cg_steps: CG steps a sweep.
+    """
+
+    steps: int = 60
+    lam: float = 1e-3
+    lam_z: float = 1e-3
+    rho: float = 0.05
+    cg_steps: int = 10
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1, lam=0, lam_z=0, rho=1e-12, cg_steps=1)
+
+    def sigma(self, i: int) -> float:  # noqa: ARG002
+        """Always 0: no noise levels."""
+        return 0.0
+
+    def init(self, problem: Problem) -> TVState:
+        """Zero."""
+        x = torch.zeros_like(linear(self, problem).adjoint(problem.y))
+        z = torch.zeros(3, *x.shape, dtype=x.dtype, device=x.device)
+        return TVState(0, x, z, z)
+
+    def step(self, problem: Problem, state: TVState) -> TVState:
+        """One ADMM sweep."""
+        i, x, z, u = state
+        A, dims = problem.operator, (ROWS, COLUMNS, SLICES) if self.lam_z else (ROWS, COLUMNS)
+
+        def normal(v: Tensor) -> Tensor:
+            return A.normal(v) + self.rho * sum(difference_adjoint(difference(v, d), d) for d in dims)
+
+        rhs = A.adjoint(problem.y)
+        for k, d in enumerate(dims):
+            rhs = rhs + self.rho * difference_adjoint(z[k] - u[k], d)
+        x = cg(normal, rhs, x, self.cg_steps, joint=bool(self.lam_z))
+        gradient = torch.stack([difference(x, d) for d in (ROWS, COLUMNS, SLICES)])
+        split = gradient + u
+        size = split[:2].square().sum(0).sqrt()
+        kept = (size - self.lam / self.rho).clamp_min(0) / size.clamp_min(torch.finfo(x.dtype).tiny)
+        across = shrink(split[2:], self.lam_z / self.rho) if self.lam_z else torch.zeros_like(split[2:])
+        z = torch.cat([split[:2] * kept, across])
+        u = split - z
+        if not self.lam_z:
+            u = torch.cat([u[:2], across])
+        return TVState(i + 1, x, z, u)

@@ -1,0 +1,123 @@
+"""RED-Diff (Mardani, Song, Kautz & Vahdat, ICLR 2024): a variational point estimate, sampling as optimisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from invdiff.linalg import difference, difference_adjoint
+from invdiff.noise import KeyedNoise, geometric
+from invdiff.protocols import Problem
+from invdiff.samplers.checks import at_least, first_guess
+
+WEIGHTS: dict[str, Callable[[float], float]] = {
+    "linear": lambda s: s,
+    "sqrt": math.sqrt,
+    "square": lambda s: s**2,
+    "log": math.log1p,
+    "trunc_linear": lambda s: min(s, 1.0),
+    "power2over3": lambda s: s ** (2 / 3),
+    "const": lambda _: 1.0,
+}
+ADAM_EPSILON = 1e-8  # of Adam, as published
+SLICES = 0
+
+
+class REDDiffState(NamedTuple):
+    """i: steps done; x: the estimate mu (s c h w); m, v: Adam's moments."""
+
+    i: int
+    x: Tensor
+    m: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class REDDiff:
+    """Minimise ||A x - y||^2 / 2 + sigma^2 lam E_t[ w(t) / sigma_t <sg(x - D(x + sigma_t n, sigma_t)), x> ] by Adam.
+
+    Sums, not means, and the noise's own weight (eq. 7 and proposition 2 of the paper, times sigma_y^2): lam means the
+    same at every image size and number of views. With ``weight`` linear the regulariser's gradient is
+    lam (x - D): every noise level weighs the same in the image domain. A point estimate, not a posterior sample.
+
+    Args:
+        steps: denoiser evaluations (times ``draws``). Published 1000.
+        rate: Adam's first learning rate, prior units. Published 0.1; smaller rates leave less noise.
+        final_rate: last learning rate over the first; the decay is geometric. Published 1.
+        lam: weight of the prior. Published 0.25 (for losses that are means).
+        weight: how the noise level weighs: linear, sqrt, square, log, trunc_linear, power2over3, const.
+        order: ``descending`` noise levels, as published, or ``random`` ones.
+        draws: noise draws a step, averaged.
+        sigma_floor: smallest sigma_y assumed, prior units with ||A|| = 1, so that noiseless data leave the prior a say.
+        z_lam: weight of a Huber-smoothed TV across slices, times sigma^2 too; 0 leaves slices uncoupled.
+        z_width: jump between slices at which that TV becomes linear, prior units.
+        beta1: Adam's decay of the mean. Published 0.9.
+        beta2: Adam's decay of the square. Published 0.99.
+        sigma_max: largest noise level, prior units. Published 157.
+        sigma_min: smallest. Published 0.01.
+    """
+
+    steps: int = 100
+    rate: float = 0.1
+    final_rate: float = 0.1
+    lam: float = 1.0
+    weight: str = "linear"
+    order: str = "descending"
+    draws: int = 1
+    sigma_floor: float = 1e-3
+    z_lam: float = 0.0
+    z_width: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    sigma_max: float = 10.0
+    sigma_min: float = 0.01
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1, rate=0, final_rate=0, lam=0, draws=1, sigma_floor=0, z_lam=0, z_width=1e-12)
+        if self.weight not in WEIGHTS:
+            raise ValueError(f"REDDiff.weight is {self.weight!r}; one of {', '.join(WEIGHTS)} is wanted")
+        if self.order not in ("descending", "random"):
+            raise ValueError(f"REDDiff.order is {self.order!r}; descending or random is wanted")
+        geometric(self.steps, self.sigma_max, self.sigma_min)
+
+    def sigma(self, i: int) -> float:
+        """Noise level of step i in descending order."""
+        return geometric(self.steps, self.sigma_max, self.sigma_min)[i]
+
+    def init(self, problem: Problem) -> REDDiffState:
+        """mu = A^+ y (FBP for CT), as published."""
+        x = first_guess(problem)
+        return REDDiffState(0, x, torch.zeros_like(x), torch.zeros_like(x))
+
+    def step(self, problem: Problem, state: REDDiffState) -> REDDiffState:
+        """One Adam step on the loss above (algorithm 1 of the paper)."""
+        i, x, m, v = state
+        g = problem.operator.vjp(x, problem.operator.forward(x) - problem.y)
+        variance = max(problem.sigma_y, self.sigma_floor) ** 2
+        for draw in range(self.draws):
+            s = self._level(problem, i, draw)
+            denoised = problem.prior.denoise(x + s * problem.noise(i, x, draw), torch.tensor(s, device=x.device))
+            g = g + variance * self.lam * WEIGHTS[self.weight](s) / s * (x - denoised) / self.draws
+        if self.z_lam:
+            d = difference(x, SLICES) / self.z_width
+            g = g + variance * self.z_lam * difference_adjoint(d.clamp(-1, 1), SLICES)
+        m = self.beta1 * m + (1 - self.beta1) * g
+        v = self.beta2 * v + (1 - self.beta2) * g.square()
+        size = self.rate * self.final_rate ** (i / max(1, self.steps - 1))
+        unbiased = m / (1 - self.beta1 ** (i + 1)) / ((v / (1 - self.beta2 ** (i + 1))).sqrt() + ADAM_EPSILON)
+        return REDDiffState(i + 1, x - size * unbiased, m, v)
+
+    def _level(self, problem: Problem, i: int, draw: int) -> float:
+        """The noise level of one draw; random ones are log-uniform, stratified over the draws of a step."""
+        if self.order == "descending":
+            return self.sigma(i)
+        noise = problem.noise
+        if not isinstance(noise, KeyedNoise):
+            raise ValueError(f"REDDiff.order random needs KeyedNoise; {type(noise).__name__} has no uniform draws")
+        u = (draw + noise.uniform(i, draw)) / self.draws
+        return self.sigma_max * (self.sigma_min / self.sigma_max) ** u
