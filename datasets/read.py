@@ -1,0 +1,34 @@
+"""A scan by its path, whatever its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from invdiff.datasets.dicom import read_dicom
+from invdiff.datasets.nifti import SUFFIXES, read_nifti
+from invdiff.datasets.volume import Volume
+
+
+def read_volume(path: str | Path) -> Volume:
+    """The volume that a path holds: a folder or file of DICOM, or NIfTI.
+
+    Args:
+        path: a folder of one DICOM series, a DICOM file with any name, or a file ending in .nii or .nii.gz.
+
+    Raises:
+        ValueError: nothing there, not a scan, or anything that ``read_dicom`` or ``read_nifti`` refuses.
+    """
+    path = Path(path)
+    if path.name.lower().endswith(SUFFIXES) and not path.is_dir():
+        return read_nifti(path)
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        raise ValueError(f"{path} holds measurements, not a volume; DICOM or NIfTI is wanted")
+    if path.is_file() and not _is_dicom(path):
+        raise ValueError(f"{path} is not a scan: a folder of DICOM, a DICOM file, .nii or .nii.gz is wanted")
+    return read_dicom(path)
+
+
+def _is_dicom(path: Path) -> bool:
+    """A DICOM file has the four letters after a preamble of 128 bytes."""
+    with path.open("rb") as f:
+        return f.read(132)[128:] == b"DICM"
