@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from invdiff.datasets.files import sha256_of
 from invdiff.datasets.orientation import Affine, checked_affine, nearest_storage, to_canonical
 from invdiff.datasets.volume import Volume
 
+# What pydicom and its decoders raise on files that are cut off or damaged, beside pydicom's BytesLengthException.
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 GAP_TOLERANCE = 0.05  # part of the slice distance by which a slice may lie off its place
 DIRECTION_TOLERANCE = 1e-4  # largest difference between direction cosines of one series
 RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -24,11 +26,20 @@ KEPT = (  # what a derived series keeps of its source: who, which study, which f
     *("AccessionNumber", "ReferringPhysicianName", "StudyDescription", "FrameOfReferenceUID", "BodyPartExamined"),
     *("PositionReferenceIndicator", "Modality", "SOPClassUID"),
 )
-_USED = (
-    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "SeriesInstanceUID"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
-    *("RescaleType", "Modality"),
-)
+
+
+class _Header(NamedTuple):
+    """What the header of one image says, parsed."""
+
+    file: Path
+    size: tuple[int, int]  # rows, columns
+    position: tuple[float, ...]  # of the first pixel, LPS mm
+    orientation: tuple[float, ...]  # direction along a row, then along a column
+    spacing: tuple[float, ...]  # between rows, between columns, mm
+    thickness: float  # mm; 1 where it is not said
+    series: str
+    unit: str
+    kept: dict[str, str]
 
 
 def read_dicom(path: str | Path) -> Volume:
@@ -50,108 +61,113 @@ def read_dicom(path: str | Path) -> Volume:
     path = Path(path)
     headers = _headers(path)
     _check_one_series(path, headers)
-    affine, order = _geometry(path, [header for _, header in headers])
-    files = [headers[n][0] for n in order]
-    first = headers[order[0]][1]
-    stored = np.empty((int(first.Columns), int(first.Rows), len(files), 1), dtype=np.float32)
-    for k, file in enumerate(files):
-        stored[:, :, k, 0] = _pixels(file).T
+    affine, headers = _geometry(path, headers)
+    rows, columns = headers[0].size
+    stored = np.empty((columns, rows, len(headers), 1), dtype=np.float32)
+    for k, header in enumerate(headers):
+        stored[:, :, k, 0] = _pixels(header.file).T
     storage = nearest_storage(affine)
     data, canonical = to_canonical(stored, affine, storage)
-    kept = {key: _text(first.get(key)) for key in KEPT if first.get(key) not in (None, "")}
-    source = {"name": path.name, "format": "dicom", "sha256": sha256_of(files), "dicom": kept}
-    return Volume(data, canonical, _unit(first), storage, source)
+    digest = sha256_of([header.file for header in headers])
+    source = {"name": path.name, "format": "dicom", "sha256": digest, "dicom": headers[0].kept}
+    return Volume(data, canonical, headers[0].unit, storage, source)
 
 
-def _headers(path: Path) -> list[tuple[Path, Any]]:
-    """The images among the files, each with its header."""
+def _headers(path: Path) -> list[_Header]:
+    """The headers of the images among the files."""
     if not path.exists():
         raise ValueError(f"{path} is not there; a DICOM file or a folder of them is wanted")
     files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
-    found = []
-    for file in files:
-        strict = file == path or file.suffix.lower() == ".dcm"
-        header = _header(file, strict)
-        if header is None:
-            continue
-        if "Rows" in header and "Columns" in header:
-            found.append((file, header))
-        elif strict:
-            raise ValueError(f"{file} is a DICOM file without an image")
-    if not found:
+    found = [_header(file, strict=file == path or file.suffix.lower() == ".dcm") for file in files]
+    headers = [header for header in found if header is not None]
+    if not headers:
         raise ValueError(f"{path} holds no DICOM image ({len(files)} files)")
-    return found
+    return headers
 
 
-def _header(file: Path, strict: bool) -> Any | None:
-    """All but the pixels; None if it is no DICOM and ``strict`` is not set."""
+def _header(file: Path, strict: bool) -> _Header | None:
+    """The header of a file; None if it is no DICOM image and ``strict`` is not set."""
     import pydicom
 
     try:
         with _quiet():
-            header = pydicom.dcmread(file, stop_before_pixels=True)
-            for key in (*_USED, *KEPT):
-                header.get(key)  # values are parsed, and warned about, when first asked for
-            return header
+            dataset = pydicom.dcmread(file, stop_before_pixels=True)
+            if dataset.get("Rows") and dataset.get("Columns"):
+                return _parsed(file, dataset)
     except pydicom.errors.InvalidDicomError as error:
         if not strict:
             return None
         raise ValueError(f"{file} is not a DICOM file") from error
-    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"{file} is not a whole DICOM file: {_one_line(error)}") from error
+    except (*_DAMAGE, pydicom.errors.BytesLengthException) as error:
+        raise ValueError(f"{file} cannot be read as a slice: {_one_line(error)}") from error
+    if strict:
+        raise ValueError(f"{file} is a DICOM file without an image")
+    return None
 
 
-def _check_one_series(path: Path, headers: Sequence[tuple[Path, Any]]) -> None:
-    """Raises ValueError unless all are grey single-frame images of one series, size, spacing and orientation."""
-    for file, header in headers:
-        if int(header.get("SamplesPerPixel") or 1) != 1 or "PALETTE" in str(header.get("PhotometricInterpretation")):
-            raise ValueError(f"{file} is a colour image; grey values are wanted")
-        if int(header.get("NumberOfFrames") or 1) != 1:
-            raise ValueError(f"{file} has {header.NumberOfFrames} frames; one file a slice is wanted")
-        for key, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
-            values = header.get(key)
-            if values is None or len(values) != count:
-                raise ValueError(f"{file} has no {key}, so its place in the patient is not known")
-    series = sorted({str(header.get("SeriesInstanceUID", "")) for _, header in headers})
+def _parsed(file: Path, dataset: Any) -> _Header:
+    """Raises ValueError, without the file's name, unless this is a grey single-frame image in a known place."""
+    if int(dataset.get("SamplesPerPixel") or 1) != 1 or "PALETTE" in str(dataset.get("PhotometricInterpretation")):
+        raise ValueError("it is a colour image; grey values are wanted")
+    if int(dataset.get("NumberOfFrames") or 1) != 1:
+        raise ValueError(f"it has {dataset.NumberOfFrames} frames; one file a slice is wanted")
+    place = []
+    for key, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
+        values = dataset.get(key)
+        if not isinstance(values, MutableSequence) or len(values) != count:
+            raise ValueError(f"it has no {key} of {count} numbers, so its place in the patient is not known")
+        place.append(tuple(float(v) for v in values))
+    thickness = dataset.get("SliceThickness") or dataset.get("SpacingBetweenSlices") or 1.0
+    kept = {key: _text(dataset.get(key)) for key in KEPT if dataset.get(key) not in (None, "")}
+    size = int(dataset.Rows), int(dataset.Columns)
+    return _Header(
+        file, size, *place, abs(float(thickness)), str(dataset.get("SeriesInstanceUID")), _unit(dataset), kept
+    )
+
+
+def _check_one_series(path: Path, headers: Sequence[_Header]) -> None:
+    """Raises ValueError unless all are of one series, size, spacing and orientation."""
+    series = sorted({h.series for h in headers})
     if len(series) > 1:
-        counts = [sum(str(h.get("SeriesInstanceUID", "")) == uid for _, h in headers) for uid in series]
-        named = ", ".join(f"{uid or '(none)'} ({n} files)" for uid, n in zip(series, counts, strict=True))
+        named = ", ".join(f"{uid} ({sum(h.series == uid for h in headers)} files)" for uid in series)
         raise ValueError(f"{path} holds {len(series)} series where one is wanted: {named}")
-    sizes = sorted({(int(h.Rows), int(h.Columns)) for _, h in headers})
+    sizes = sorted({h.size for h in headers})
     if len(sizes) > 1:
         raise ValueError(f"{path} holds slices of {len(sizes)} sizes: {', '.join(f'{r} x {c}' for r, c in sizes)}")
-    for key in ("ImageOrientationPatient", "PixelSpacing"):
-        values = np.array([h.get(key) for _, h in headers], dtype=np.float64)
+    units = sorted({h.unit for h in headers})
+    if len(units) > 1:
+        raise ValueError(f"{path} holds slices in several units: {', '.join(units)}")
+    for key in ("orientation", "spacing"):
+        values = np.array([getattr(h, key) for h in headers])
         if np.ptp(values, axis=0).max() > DIRECTION_TOLERANCE:
             n = int(np.abs(values - values[0]).max(axis=1).argmax())
             raise ValueError(f"{path} mixes slices of {key} {values[0].tolist()} and {values[n].tolist()}")
 
 
-def _geometry(path: Path, headers: Sequence[Any]) -> tuple[Affine, list[int]]:
-    """The affine from (column, row, slice) to RAS mm, and the headers' order along the normal."""
-    first = headers[0]
-    row, column = np.array(first.ImageOrientationPatient, dtype=np.float64).reshape(2, 3)
+def _geometry(path: Path, headers: Sequence[_Header]) -> tuple[Affine, list[_Header]]:
+    """The affine from (column, row, slice) to RAS mm, and the headers in order along the normal."""
+    row, column = np.array(headers[0].orientation).reshape(2, 3)
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if min(lengths) == 0 or abs(row @ column) > DIRECTION_TOLERANCE:
-        raise ValueError(f"{path}: the image orientation {[*row, *column]} is not two directions at a right angle")
+        wanted = "two directions at a right angle are wanted"
+        raise ValueError(f"{path}: the orientation is {list(headers[0].orientation)}; {wanted}")
     row, column = row / lengths[0], column / lengths[1]
-    positions = np.array([h.ImagePositionPatient for h in headers], dtype=np.float64)
     normal = np.cross(row, column)
-    order = [int(n) for n in np.argsort(positions @ normal, kind="stable")]
-    positions = positions[order]
-    if len(order) == 1:
-        step = normal * _thickness(first)
+    ordered = sorted(headers, key=lambda h: float(np.dot(h.position, normal)))
+    positions = np.array([h.position for h in ordered])
+    if len(ordered) == 1:
+        step = normal * ordered[0].thickness
     else:
         _check_gaps(path, positions @ normal)
-        step = (positions[-1] - positions[0]) / (len(order) - 1)
-        expected = positions[0] + np.arange(len(order))[:, None] * step
+        step = (positions[-1] - positions[0]) / (len(ordered) - 1)
+        expected = positions[0] + np.arange(len(ordered))[:, None] * step
         off = float(np.linalg.norm(positions - expected, axis=1).max())
         if off > GAP_TOLERANCE * np.linalg.norm(step):
             raise ValueError(f"{path}: the slices do not lie on one line, a slice is {off:.3g} mm off")
-    rows_mm, columns_mm = (float(v) for v in first.PixelSpacing)
+    rows_mm, columns_mm = ordered[0].spacing
     affine = np.eye(4)
     affine[:3] = np.stack([row * columns_mm, column * rows_mm, step, positions[0]], axis=1)
-    return checked_affine(RAS_FROM_LPS @ affine, path.name), order
+    return checked_affine(RAS_FROM_LPS @ affine, str(path)), ordered
 
 
 def _check_gaps(path: Path, z: NDArray[np.float64]) -> None:
@@ -168,12 +184,7 @@ def _check_gaps(path: Path, z: NDArray[np.float64]) -> None:
 
 def _text(value: Any) -> str:
     """A value of one or several parts, as the backslash notation of DICOM."""
-    return "\\".join(str(v) for v in value) if isinstance(value, list) else str(value)
-
-
-def _thickness(header: Any) -> float:
-    """The extent in mm of a single slice: its thickness, else 1 mm."""
-    return abs(float(header.get("SliceThickness") or header.get("SpacingBetweenSlices") or 1.0)) or 1.0
+    return "\\".join(str(v) for v in value) if isinstance(value, MutableSequence) else str(value)
 
 
 def _unit(header: Any) -> str:
@@ -194,11 +205,10 @@ def _pixels(file: Path) -> NDArray[np.float32]:
             if dataset.get("Modality") == "CT" and not {"RescaleSlope", "ModalityLUTSequence"} & set(dataset.dir()):
                 raise ValueError("it is CT without RescaleSlope, so its values are not HU")
             values = apply_modality_lut(dataset.pixel_array, dataset)
-    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except (*_DAMAGE, pydicom.errors.BytesLengthException) as error:
         raise ValueError(f"the pixels of {file} cannot be read: {_one_line(error)}") from error
-    except RuntimeError as error:  # what pydicom raises where no decoder of the transfer syntax is installed
-        raise ValueError(f"the pixels of {file} cannot be decoded: {_one_line(error)}") from error
-    return np.asarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):  # Volume refuses what becomes infinite
+        return np.asarray(values, dtype=np.float32)
 
 
 @contextmanager
