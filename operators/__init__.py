@@ -1,0 +1,28 @@
+"""The physics: linear operators from images to measurements, with exact adjoints; geometry in mm."""
+
+from invdiff.operators.channels import KnownPhase, RealChannels
+from invdiff.operators.compose import Normalised, Whitened, stack
+from invdiff.operators.ct.fan import FanBeam
+from invdiff.operators.ct.fbp import fbp
+from invdiff.operators.ct.parallel import ParallelBeam
+from invdiff.operators.linear import LinearOperatorBase
+from invdiff.operators.mask import Diagonal, Mask
+from invdiff.operators.mri.cartesian import CartesianMRI
+from invdiff.operators.noise import Gaussian, TransmissionPoisson
+
+__all__ = [
+    "CartesianMRI",
+    "Diagonal",
+    "FanBeam",
+    "Gaussian",
+    "KnownPhase",
+    "LinearOperatorBase",
+    "Mask",
+    "Normalised",
+    "ParallelBeam",
+    "RealChannels",
+    "TransmissionPoisson",
+    "Whitened",
+    "fbp",
+    "stack",
+]

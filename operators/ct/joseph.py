@@ -1,0 +1,125 @@
+"""Joseph's line integrals (Joseph, IEEE TMI 1982) as sparse rows, and the product with a stack of slices.
+
+A ray crosses the image row by row, or column by column if it is closer to horizontal. On each it takes the linear
+interpolation between the two nearest pixel centres, times the length of ray from one row (column) to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rays(NamedTuple):
+    """Straight lines, float64, all of one shape; world axes as in ``invdiff.operators.ct``.
+
+    x, y: a point of the ray in mm; dx, dy: its direction, of any length but 0.
+    """
+
+    x: Tensor
+    y: Tensor
+    dx: Tensor
+    dy: Tensor
+
+
+class Rows(NamedTuple):
+    """A sparse matrix in compressed rows: row i holds ``weight[k]`` at column ``index[k]``, ptr[i] <= k < ptr[i+1]."""
+
+    index: Tensor
+    ptr: Tensor
+    weight: Tensor
+
+
+def footprints(rays: Rays, size: tuple[int, int], pixel_mm: float, dtype: torch.dtype) -> Rows:
+    """The rows of A for ``rays``: weights in mm.
+
+    Args:
+        rays: any number, flattened in order.
+        size: (h, w) of the image, whose middle is the origin.
+        pixel_mm: side of a square pixel.
+        dtype: of the weights; positions are computed in float64.
+    """
+    (h, w), device = size, rays.x.device
+    x, y, dx, dy = (v.flatten()[:, None] for v in rays)
+    steep = dy.abs() >= dx.abs()  # one sample on each image row
+    column, row = x / pixel_mm + (w - 1) / 2, (h - 1) / 2 - y / pixel_mm
+    slope = torch.where(steep, -dx / dy, -dy / dx)  # pixels across for each pixel along
+    start = torch.where(steep, column - slope * row, row - slope * column)
+    along = torch.arange(max(h, w), device=device)
+    across = start + slope * along
+    lower = across.floor()
+    fraction = across - lower
+    weight = (
+        torch.stack([1 - fraction, fraction], -1) * (pixel_mm * torch.hypot(slope, torch.ones_like(slope)))[..., None]
+    )
+    place = torch.stack([lower, lower + 1], -1).to(torch.int32)
+    count, width = torch.where(steep, h, w), torch.where(steep, w, h)
+    inside = (weight > 0) & (place >= 0) & (place < width[..., None]) & (along < count)[..., None]
+    along32 = along.to(torch.int32)[:, None]
+    index = torch.where(steep[..., None], along32 * w + place, place * w + along32)
+    lengths = inside.flatten(1).sum(1)
+    return Rows(index[inside], _pointer(lengths), weight[inside].to(dtype))
+
+
+def transpose(rows: Rows, columns: int) -> Rows:
+    """The same matrix turned over, in rows again.
+
+    Args:
+        rows: a matrix with ``columns`` columns.
+        columns: how many rows the result has.
+    """
+    lengths = rows.ptr.diff()
+    numbers = torch.arange(lengths.numel(), dtype=torch.int32, device=rows.ptr.device)
+    owner = torch.repeat_interleave(numbers, lengths, output_size=rows.index.numel())
+    order = torch.sort(rows.index, stable=True).indices
+    counts = torch.bincount(rows.index, minlength=columns)
+    return Rows(owner[order], _pointer(counts), rows.weight[order])
+
+
+def join(parts: list[Rows]) -> Rows:
+    """Matrices of the same columns, one below the other."""
+    lengths = torch.cat([part.ptr.diff() for part in parts])
+    return Rows(torch.cat([p.index for p in parts]), _pointer(lengths), torch.cat([p.weight for p in parts]))
+
+
+def multiply(rows: Rows, x: Tensor) -> Tensor:
+    """The product with (n k), a column for each slice: (m k), on the device of ``x``.
+
+    One kernel on CPU and GPU: an embedding table ``x`` whose rows are summed with weights.
+    """
+    index, ptr, weight = (v.to(x.device) for v in rows)
+    return torch.nn.functional.embedding_bag(
+        index, x, ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )
+
+
+def _pointer(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+class Matched(Protocol):
+    """A matrix and its transpose: ``product(v, transposed)``, (n k) -> (m k) or back."""
+
+    def product(self, v: Tensor, transposed: bool) -> Tensor: ...
+
+
+class MatchedProduct(torch.autograd.Function):
+    """A v or A^T v, whose backward is the other one of the pair, to any order."""
+
+    @staticmethod
+    def forward(v: Tensor, pair: Matched, transposed: bool) -> Tensor:
+        """The product itself."""
+        return pair.product(v, transposed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Matched, bool], output: Tensor) -> None:
+        """Keep the pair, nothing of the data."""
+        del output
+        ctx.pair, ctx.transposed = inputs[1], inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """The stored transpose of the gradient."""
+        return MatchedProduct.apply(g, ctx.pair, not ctx.transposed), None, None

@@ -1,0 +1,219 @@
+"""What every linear operator has, written once: algebra, norm, normal equations, views on a device."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from invdiff import linalg
+from invdiff.noise import KeyedNoise
+from invdiff.protocols import Space
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The torch dtype of a name such as "float32"; a dtype stays itself.
+
+    Raises:
+        ValueError: not a real or complex floating dtype.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not (found.is_floating_point or found.is_complex):
+        raise ValueError(f"dtype is {dtype!r}; a floating or complex one such as 'float32' or 'complex64' is wanted")
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that ``as_dtype`` reads: "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+class LinearOperatorBase(ABC):
+    """Base of all linear operators: a subclass sets ``domain`` and ``range`` and writes ``_forward`` and ``_adjoint``.
+
+    Immutable: nothing is assigned after ``__init__``. Linear over the reals; axis 0 of both sides is the slice.
+
+    Attributes:
+        kind: name of the entry point in ``invdiff.operators``.
+        unit: physical unit of the domain, "" where any will do.
+        unitary: A is an invertible isometry, so that A^H is its inverse.
+        domain: what ``forward`` takes.
+        range: what ``forward`` gives.
+    """
+
+    kind: ClassVar[str] = ""
+    unit: str = ""
+    unitary: ClassVar[bool] = False
+    domain: Space
+    range: Space
+
+    @abstractmethod
+    def _forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _adjoint(self, y: Tensor) -> Tensor: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A x.
+
+        Args:
+            x: an element of ``domain``.
+
+        Returns:
+            An element of ``range``, on the device of ``x``.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        self._check(x, self.domain, "input")
+        return self._forward(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A^H y, exact: Re<A x, y> = Re<x, A^H y> to rounding.
+
+        Args:
+            y: an element of ``range``.
+
+        Returns:
+            An element of ``domain``, on the device of ``y``.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        self._check(y, self.range, "measurement")
+        return self._adjoint(y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``forward``."""
+        return self.forward(x)
+
+    def vjp(self, x: Tensor, r: Tensor) -> Tensor:
+        """J(x)^H r, which is A^H r at every ``x``."""
+        self._check(x, self.domain, "input")
+        return self.adjoint(r)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """A^H A x."""
+        return self.adjoint(self.forward(x))
+
+    def solve(
+        self, rhs: Tensor, rho: float, x0: Tensor | None = None, iterations: int = 100, tolerance: float | None = None
+    ) -> Tensor:
+        """(A^H A + rho I)^-1 rhs, by conjugate gradients with one step length a slice unless a closed form exists.
+
+        Args:
+            rhs: an element of ``domain``.
+            rho: greater than 0.
+            x0: first guess, zero if None; closed forms do not need it.
+            iterations: most iterations; closed forms need none.
+            tolerance: residual norm relative to that of ``rhs``, slice by slice; ten times the rounding unit if None.
+
+        Raises:
+            ValueError: ``rho`` is not positive, or another shape or dtype.
+        """
+        self._check_rho(rho)
+        self._check(rhs, self.domain, "right-hand side")
+        goal = 10 * torch.finfo(rhs.dtype).eps if tolerance is None else tolerance
+        return linalg.cg(lambda v: self.normal(v) + rho * v, rhs, x0, iterations, goal)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """A first reconstruction: the least-squares solution of least norm, by conjugate gradients from zero.
+
+        Operators with a better-known answer give that: filtered backprojection for CT, zero filling for one coil.
+
+        Args:
+            y: an element of ``range``.
+        """
+        return linalg.cg(self.normal, self.adjoint(y), iterations=50, tolerance=1e-5)
+
+    def norm(self, iterations: int = 50) -> float:
+        """The largest singular value, from below, by power iterations from a fixed start."""
+        start = KeyedNoise(0)(-1, torch.empty(self.domain.shape, dtype=self.domain.dtype, device=self.device))
+        return linalg.power_norm(self.normal, start, iterations)
+
+    def split(self, index: Sequence[int]) -> LinearOperatorBase:
+        """The operator of the views ``index`` alone, whose measurements are ``y[..., index, :]``.
+
+        Raises:
+            ValueError: this operator has no views to choose from.
+        """
+        raise ValueError(f"{type(self).__name__} has no views to choose {list(index)} from; a CT operator is wanted")
+
+    def fields(self) -> dict[str, Any]:
+        """Constructor arguments as JSON-able values or tensors: ``type(A)(**A.fields())`` is the same operator.
+
+        Raises:
+            ValueError: a composite operator, which has none.
+        """
+        raise ValueError(f"{type(self).__name__} has no fields to store; store the operators that it is made of")
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same operator with its tensors on ``device``; this one stays as it is."""
+        moved = copy.copy(self)
+        moved.__dict__.update({name: _moved(value, device) for name, value in vars(self).items()})
+        return moved
+
+    @property
+    def device(self) -> torch.device:
+        """Where this operator's tensors are; data on another device are served too, with a copy each call."""
+        return next((t.device for t in _tensors(tuple(vars(self).values()))), torch.device("cpu"))
+
+    @property
+    def H(self) -> LinearOperatorBase:  # noqa: N802
+        """The adjoint as an operator."""
+        from invdiff.operators.compose import Adjoint
+
+        return Adjoint(self)
+
+    def __matmul__(self, other: LinearOperatorBase) -> LinearOperatorBase:
+        """``(A @ B)(x) = A(B(x))``."""
+        from invdiff.operators.compose import Composition
+
+        return Composition(self, other)
+
+    def __mul__(self, scale: float) -> LinearOperatorBase:
+        """``(c * A)(x) = c A(x)`` for a real number c."""
+        from invdiff.operators.compose import Scaled
+
+        return Scaled(self, scale)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scale: float) -> LinearOperatorBase:
+        """``A / c``."""
+        if scale == 0:
+            raise ValueError("an operator divided by 0; a number other than 0 is wanted")
+        return self * (1 / scale)
+
+    @staticmethod
+    def _check(x: Tensor, space: Space, what: str) -> None:
+        if tuple(x.shape) != space.shape or x.dtype != space.dtype:
+            came, wanted = (f"{tuple(v.shape)} {dtype_name(v.dtype)}" for v in (x, space))
+            raise ValueError(f"the {what} is {came}; {wanted} is wanted")
+
+    @staticmethod
+    def _check_rho(rho: float) -> None:
+        if not (rho > 0 and math.isfinite(rho)):
+            raise ValueError(f"rho is {rho}; a positive number is wanted")
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, tuple):
+        parts = [_moved(v, device) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value.to(device) if isinstance(value, Tensor | LinearOperatorBase) else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, LinearOperatorBase):
+        yield from _tensors(tuple(vars(value).values()))

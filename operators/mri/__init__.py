@@ -1,0 +1,1 @@
+"""Magnetic resonance: k-space sampled on the Cartesian grid."""
