@@ -111,17 +111,24 @@ def _parsed(file: Path, dataset: Any) -> _Header:
         raise ValueError("it is a colour image; grey values are wanted")
     if int(dataset.get("NumberOfFrames") or 1) != 1:
         raise ValueError(f"it has {dataset.NumberOfFrames} frames; one file a slice is wanted")
-    place = []
+    place: dict[str, tuple[float, ...]] = {}
     for key, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2)):
         values = dataset.get(key)
         if not isinstance(values, MutableSequence) or len(values) != count:
             raise ValueError(f"it has no {key} of {count} numbers, so its place in the patient is not known")
-        place.append(tuple(float(v) for v in values))
+        place[key] = tuple(float(v) for v in values)
     thickness = dataset.get("SliceThickness") or dataset.get("SpacingBetweenSlices") or 1.0
     kept = {key: _text(dataset.get(key)) for key in KEPT if dataset.get(key) not in (None, "")}
-    size = int(dataset.Rows), int(dataset.Columns)
     return _Header(
-        file, size, *place, abs(float(thickness)), str(dataset.get("SeriesInstanceUID")), _unit(dataset), kept
+        file,
+        (int(dataset.Rows), int(dataset.Columns)),
+        place["ImagePositionPatient"],
+        place["ImageOrientationPatient"],
+        place["PixelSpacing"],
+        abs(float(thickness)),
+        str(dataset.get("SeriesInstanceUID")),
+        _unit(dataset),
+        kept,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def read_nifti(path: str | Path, unit: str | None = None) -> Volume:
     """
     path = existing_file(path)
     array, affine, description = _load(path)
-    stored = array.astype(np.float32)[..., None] if array.ndim == 3 else array.astype(np.float32)
+    with np.errstate(over="ignore"):  # Volume refuses what becomes infinite
+        stored = array.astype(np.float32)
+    stored = stored[..., None] if stored.ndim == 3 else stored
     storage = nearest_storage(affine)
     data, canonical = to_canonical(stored, affine, storage)
     if unit is None:
@@ -52,12 +55,16 @@ def _load(path: Path) -> tuple[NDArray[Any], Affine, str]:
     failures = (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError)
     try:
         _check_gzip(path)
-        image = nibabel.load(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", category=UserWarning, module=r"nibabel\."
+            )  # about extensions, unused here
+            image = nibabel.load(path)
         if not isinstance(image, nibabel.Nifti1Image):
             raise ValueError(f"it is {type(image).__name__}")
         with np.errstate(all="ignore"):
             array = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, OverflowError, zlib.error, *failures) as error:
+    except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, *failures) as error:
         raise ValueError(f"{path} is not a whole NIfTI file: {_one_line(error)}") from error
     if array.ndim > 4 and set(array.shape[4:]) == {1}:
         array = array.reshape(array.shape[:4])

@@ -68,7 +68,7 @@ def nearest_storage(affine: Affine) -> Storage:
 
 def to_canonical(stored: NDArray[np.float32], affine: Affine, storage: Storage) -> tuple[Tensor, Affine]:
     """From an array (i j k c) and its affine to a new tensor (s c h w) and the affine of (w, h, s)."""
-    flipped = np.flip(stored, [a for a in range(3) if storage.flips[a]])
+    flipped = np.flip(stored, tuple(a for a in range(3) if storage.flips[a]))
     w, h, s = (storage.axes.index(p) for p in range(3))
     data = torch.from_numpy(np.array(np.transpose(flipped, (s, 3, h, w)), order="C"))
     return data, affine @ storage.matrix(stored.shape)
@@ -78,7 +78,7 @@ def to_stored(data: Tensor, affine: Affine, storage: Storage) -> tuple[NDArray[n
     """The inverse of ``to_canonical``: from (s c h w) to an array (i j k c) in the order that the source had."""
     i, j, k = (_AXIS_OF[p] for p in storage.axes)
     stored = np.transpose(data.detach().cpu().numpy(), (i, j, k, 1))
-    stored = np.flip(stored, [a for a in range(3) if storage.flips[a]])
+    stored = np.flip(stored, tuple(a for a in range(3) if storage.flips[a]))
     return np.ascontiguousarray(stored), affine @ np.linalg.inv(storage.matrix(stored.shape))
 
 
