@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from invdiff.datasets.files import sha256_of
+from invdiff.datasets.files import readable, sha256_of
 from invdiff.datasets.orientation import Affine, checked_affine, nearest_storage, to_canonical
 from invdiff.datasets.volume import Volume
 
@@ -77,7 +77,7 @@ def _headers(path: Path) -> list[_Header]:
     """The headers of the images among the files."""
     if not path.exists():
         raise ValueError(f"{path} is not there; a DICOM file or a folder of them is wanted")
-    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+    files = sorted(f for f in readable(path).iterdir() if f.is_file()) if path.is_dir() else [path]
     found = [_header(file, strict=file == path or file.suffix.lower() == ".dcm") for file in files]
     headers = [header for header in found if header is not None]
     if not headers:

@@ -62,12 +62,23 @@ def existing_file(path: str | Path) -> Path:
     """``path`` as a Path.
 
     Raises:
-        ValueError: nothing is there, or something other than a file.
+        ValueError: nothing is there, or something other than a file, or it cannot be read.
     """
     result = Path(path)
     if not result.is_file():
         raise ValueError(f"{result} is {'a folder' if result.is_dir() else 'not there'}; a file is wanted")
-    return result
+    return readable(result)
+
+
+def readable(path: Path) -> Path:
+    """``path`` itself.
+
+    Raises:
+        ValueError: there is no permission to read it.
+    """
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path} cannot be read: permission denied")
+    return path
 
 
 def _beside(path: Path) -> Path:

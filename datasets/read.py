@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from invdiff.datasets.dicom import read_dicom
+from invdiff.datasets.files import readable
 from invdiff.datasets.nifti import SUFFIXES, read_nifti
 from invdiff.datasets.volume import Volume
 
@@ -30,5 +31,5 @@ def read_volume(path: str | Path) -> Volume:
 
 def _is_dicom(path: Path) -> bool:
     """A DICOM file has the four letters after a preamble of 128 bytes."""
-    with path.open("rb") as f:
+    with readable(path).open("rb") as f:
         return f.read(132)[128:] == b"DICM"

@@ -90,7 +90,7 @@ def _image(path: Path) -> np.ndarray:
     try:
         with tifffile.TiffFile(path) as file:
             image = file.asarray()
-    except (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, *damage) as error:
+    except (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, *damage) as error:
         raise ValueError(f"{path} is not a whole TIFF file: {error}") from error
     if image.ndim != 2 or 0 in image.shape or image.dtype.kind not in "iuf":
         raise ValueError(f"{path} holds {image.dtype} of shape {image.shape}; one grey image is wanted")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from invdiff.datasets import Storage, Volume, block_mean, pad_to_multiple
+from invdiff.datasets import Storage, Volume, block_mean, pad_to_multiple, read_volume
 from invdiff.datasets.orientation import centred_affine
 
 AFFINE = np.array([[-0.7, 0.05, 0.1, 31.0], [0.02, -0.9, 0.2, -12.5], [0.01, 0.1, 2.5, 7.0], [0, 0, 0, 1]])
@@ -86,3 +86,11 @@ def test_storage_says_no():
         Storage((0, 1, 1))
     with pytest.raises(ValueError, match="booleans"):
         Storage((0, 1, 2), (0, 1, 0))  # type: ignore[arg-type]
+
+
+def test_no_permission(tmp_path, monkeypatch):
+    (tmp_path / "a.nii").write_bytes(b"")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for path in (tmp_path, tmp_path / "a.nii"):
+        with pytest.raises(ValueError, match="permission denied"):
+            read_volume(path)
