@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import invdiff
 from invdiff.datasets.dicom import DIRECTION_TOLERANCE, RAS_FROM_LPS
 from invdiff.datasets.files import whole_folder
 from invdiff.datasets.orientation import CANONICAL, Affine, to_stored
@@ -36,7 +35,8 @@ def write_dicom(folder: str | Path, volume: Volume, description: str = "reconstr
     Args:
         folder: new or empty.
         volume: one channel; "HU", or "a.u." for MR.
-        description: what was done, for SeriesDescription and DerivationDescription; at most 48 characters.
+        description: what was done and by which version, for SeriesDescription and DerivationDescription; at most 48
+            characters.
 
     Raises:
         ValueError: more channels, another unit, HU beyond 16 bits, sheared pixels, a folder that is not empty or
@@ -103,10 +103,9 @@ def _series(known: dict[str, str], unit: str, description: str) -> Any:
     series.SeriesInstanceUID = pydicom.uid.generate_uid()
     series.SeriesNumber = None
     series.SeriesDescription = f"invdiff {description}"
-    series.DerivationDescription = f"invdiff {invdiff.__version__} {description}"
+    series.DerivationDescription = f"invdiff {description}"
     series.ImageComments = "NOT FOR DIAGNOSTIC USE"
     series.Manufacturer = "invdiff"
-    series.SoftwareVersions = f"invdiff {invdiff.__version__}"
     series.file_meta = pydicom.dataset.FileMetaDataset()
     series.file_meta.MediaStorageSOPClassUID = series.SOPClassUID
     series.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
