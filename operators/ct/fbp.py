@@ -58,7 +58,8 @@ def ramp(y: Tensor, spacing: float, window: Window = "ram-lak") -> Tensor:
     response = torch.fft.rfft(kernel).real * spacing
     if window == "hann":
         response = response * (1 + torch.cos(torch.pi * torch.linspace(0, 1, size // 2 + 1, dtype=torch.float64))) / 2
-    return torch.fft.irfft(torch.fft.rfft(y, n=size) * response.to(y), n=size)[..., :count]
+    filtered: Tensor = torch.fft.irfft(torch.fft.rfft(y, n=size) * response.to(y), n=size)
+    return filtered[..., :count]
 
 
 def backproject(operator: BeamOperator, q: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ class Rays(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A sparse matrix in compressed rows: row i holds ``weight[k]`` at column ``index[k]``, ptr[i] <= k < ptr[i+1]."""
+    """A sparse matrix in compressed rows: row i holds ``weight[k]`` at ``column[k]``, ptr[i] <= k < ptr[i+1]."""
 
-    index: Tensor
+    column: Tensor
     ptr: Tensor
     weight: Tensor
 
@@ -72,16 +72,16 @@ def transpose(rows: Rows, columns: int) -> Rows:
     """
     lengths = rows.ptr.diff()
     numbers = torch.arange(lengths.numel(), dtype=torch.int32, device=rows.ptr.device)
-    owner = torch.repeat_interleave(numbers, lengths, output_size=rows.index.numel())
-    order = torch.sort(rows.index, stable=True).indices
-    counts = torch.bincount(rows.index, minlength=columns)
+    owner = torch.repeat_interleave(numbers, lengths, output_size=rows.column.numel())
+    order = torch.sort(rows.column, stable=True).indices
+    counts = torch.bincount(rows.column, minlength=columns)
     return Rows(owner[order], _pointer(counts), rows.weight[order])
 
 
 def join(parts: list[Rows]) -> Rows:
     """Matrices of the same columns, one below the other."""
     lengths = torch.cat([part.ptr.diff() for part in parts])
-    return Rows(torch.cat([p.index for p in parts]), _pointer(lengths), torch.cat([p.weight for p in parts]))
+    return Rows(torch.cat([p.column for p in parts]), _pointer(lengths), torch.cat([p.weight for p in parts]))
 
 
 def multiply(rows: Rows, x: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ def multiply(rows: Rows, x: Tensor) -> Tensor:
 
     One kernel on CPU and GPU: an embedding table ``x`` whose rows are summed with weights.
     """
-    index, ptr, weight = (v.to(x.device) for v in rows)
+    column, ptr, weight = (v.to(x.device) for v in rows)
     return torch.nn.functional.embedding_bag(
-        index, x, ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
+        column, x, ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
 
 

@@ -17,12 +17,14 @@ PLANE = (-2, -1)
 
 def centred_fft(x: Tensor) -> Tensor:
     """Orthonormal 2D FFT over the last two axes, zero frequency and origin in the middle (index n // 2)."""
-    return torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(x, dim=PLANE), norm="ortho"), dim=PLANE)
+    k: Tensor = torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(x, dim=PLANE), norm="ortho"), dim=PLANE)
+    return k
 
 
 def centred_ifft(k: Tensor) -> Tensor:
     """The inverse, and so the adjoint, of ``centred_fft``."""
-    return torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(k, dim=PLANE), norm="ortho"), dim=PLANE)
+    x: Tensor = torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(k, dim=PLANE), norm="ortho"), dim=PLANE)
+    return x
 
 
 class CartesianMRI(LinearOperatorBase):
