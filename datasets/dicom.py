@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from invdiff.datasets.files import readable, sha256_of
 from invdiff.datasets.orientation import Affine, checked_affine, nearest_storage, to_canonical
 from invdiff.datasets.volume import Volume
+from invdiff.files import readable, sha256_of
 
 # What pydicom and its decoders raise on files that are cut off or damaged, beside pydicom's BytesLengthException.
 _DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)

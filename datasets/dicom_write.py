@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from invdiff.datasets.dicom import DIRECTION_TOLERANCE, RAS_FROM_LPS
-from invdiff.datasets.files import whole_folder
 from invdiff.datasets.orientation import CANONICAL, Affine, to_stored
 from invdiff.datasets.volume import Volume
+from invdiff.files import whole_folder
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"

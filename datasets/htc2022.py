@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from invdiff.datasets.files import existing_file, sha256_of
 from invdiff.datasets.measurements import Measurements
 from invdiff.datasets.orientation import centred_affine
 from invdiff.datasets.sinogram import noise_sigma
+from invdiff.files import existing_file, sha256_of
 
 SIZE = 512  # pixels of the challenge's images, which have the detector's pixel size at the rotation axis
 MU_WATER_HTC = 0.036  # 1/mm: acrylic is 0.0345 here; acrylic / water is 0.96 at 30 keV (NIST XCOM), the mean energy

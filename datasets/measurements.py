@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.datasets.files import existing_file, whole_file
 from invdiff.datasets.orientation import CANONICAL, Affine, Storage, checked_affine, spacing_of
+from invdiff.files import existing_file, whole_file
 
 SCHEMA = "invdiff.measurements/1"
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from invdiff.datasets.files import existing_file, sha256_of, whole_file
 from invdiff.datasets.orientation import Affine, checked_affine, nearest_storage, to_canonical, to_stored
 from invdiff.datasets.volume import Volume
+from invdiff.files import existing_file, sha256_of, whole_file
 
 SUFFIXES = (".nii", ".nii.gz")
 HU_BELOW = -500.0  # voxels below this are taken for HU where nothing says the unit: air is -1000 HU, MR has none such

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from invdiff.datasets.dicom import read_dicom
-from invdiff.datasets.files import readable
 from invdiff.datasets.nifti import SUFFIXES, read_nifti
 from invdiff.datasets.volume import Volume
+from invdiff.files import readable
 
 
 def read_volume(path: str | Path) -> Volume:

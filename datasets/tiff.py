@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.datasets.files import existing_file, sha256_of
 from invdiff.datasets.measurements import Measurements
 from invdiff.datasets.orientation import centred_affine
 from invdiff.datasets.sinogram import noise_sigma, rotation_axis
+from invdiff.files import existing_file, sha256_of
 
 MOST_DEAD = 0.01  # part of the detector's values that may be dead
 

@@ -21,7 +21,8 @@ class Comparison(NamedTuple):
     """How near a volume is to the truth.
 
     psnr: dB, of the volume. nmse: of the volume. psnr_planes, ssim_planes: mean over the slices of each plane (None
-    where a slice is smaller than the SSIM window). rmse, bias: in the unit, unclipped. data_range: as stated.
+    where a slice is smaller than the SSIM window). rmse, bias: in the
+    unit; HU below air (-1000) count as air. data_range: as stated.
     """
 
     psnr: float
@@ -67,14 +68,15 @@ def compare(image: Tensor, truth: Tensor, unit: str) -> Comparison:
         ValueError: shapes differ, more than one channel, or a truth that is zero throughout.
     """
     if image.shape != truth.shape:
-        raise ValueError(
-            f"the volumes have shapes {tuple(image.shape)} and {tuple(truth.shape)}; equal ones are wanted"
-        )
+        raise ValueError(f"the shapes are {tuple(image.shape)} and {tuple(truth.shape)}; equal ones are wanted")
     if image.ndim != 4 or image.shape[1] != 1:
         raise ValueError(f"the volumes have shape {tuple(image.shape)}; (s, 1, h, w) is wanted")
     a, b = (v[:, 0].double().cpu().numpy() for v in (image, truth))
     raw = a - b
     if unit == "HU":
+        raw = a.clip(HU_WINDOW[0]) - b.clip(
+            HU_WINDOW[0]
+        )  # nothing is less dense than air: below is a scanner's padding
         a, b, data_range = a.clip(*HU_WINDOW), b.clip(*HU_WINDOW), HU_WINDOW[1] - HU_WINDOW[0]
         shifted = (a - HU_WINDOW[0], b - HU_WINDOW[0])  # NMSE counts from air, or its value would depend on HU's zero
     else:

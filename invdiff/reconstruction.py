@@ -14,7 +14,7 @@ from invdiff.priors.model import load
 from invdiff.priors.wrappers import Chunked
 from invdiff.problem import Prepared, prepare
 from invdiff.protocols import Operator, Prior, Sampler, State
-from invdiff.run import guarded, iterate, residual_norms
+from invdiff.run import guarded, iterate, last, residual_norms
 from invdiff.samplers.dds import DDS
 from invdiff.units import MU_WATER
 
@@ -77,16 +77,12 @@ def reconstruct(
 
     Raises:
         ValueError: anything that does not fit; the message says what came and what was wanted.
-        invdiff.run.Diverged: NaN or a residual that grew tenfold.
+        invdiff.run.DivergedError: NaN or a residual that grew tenfold.
     """
     chosen = DDS() if sampler is None else sampler
     used = load(prior).to(y.device) if isinstance(prior, str) else prior
     used = used if chunk is None else Chunked(used, chunk)
     prepared = prepare(y, operator, used, sigma_y, KeyedNoise(seed), mu_water)
     states: Iterator[Any] = guarded(iterate(chosen, prepared.problem), chosen, prepared.problem)
-    state = None
-    for state in states if progress is None else progress(states):
-        pass
-    if state is None:
-        raise ValueError("the progress wrapper yielded no state")
+    state = last(states if progress is None else progress(states))
     return Result(prepared.to_physical(state.x), record_of(prepared, chosen, state, seed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from invdiff.files import whole_file
 from invdiff.linalg import inner
 from invdiff.protocols import Problem, Sampler, State
 
@@ -17,7 +19,7 @@ S = TypeVar("S", bound=State)
 GROWTH = 10.0  # a residual this many times above its start is a diverged run
 
 
-class Diverged(ArithmeticError):
+class DivergedError(ArithmeticError):
     """A run whose image became NaN or whose residual grew tenfold."""
 
 
@@ -30,6 +32,11 @@ def iterate(sampler: Sampler[S], problem: Problem, state: S | None = None) -> It
         with torch.no_grad():
             current = sampler.step(problem, current)
         yield current
+
+
+def last(states: Iterable[S]) -> S:
+    """Run to the end, keeping only the last state in memory."""
+    return deque(states, maxlen=1).pop()
 
 
 def residual_norms(problem: Problem, x: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def guarded(states: Iterable[S], sampler: Sampler[S], problem: Problem, every: i
         every: steps between looks; the last state is always looked at.
 
     Raises:
-        Diverged: with the step, sigma and the residual.
+        DivergedError: with the step, sigma and the residual.
     """
     zero = inner(problem.y, problem.y).flatten().sqrt()
     for state in states:
@@ -56,11 +63,11 @@ def guarded(states: Iterable[S], sampler: Sampler[S], problem: Problem, every: i
             now = residual_norms(problem, state.x)
             where = f"at step {state.i} of {sampler.steps}, sigma {sampler.sigma(state.i):.4g}"
             if not bool(torch.isfinite(now).all()):
-                raise Diverged(f"the image became NaN or infinite {where}")
+                raise DivergedError(f"the image became NaN or infinite {where}")
             start = torch.maximum(zero, torch.full_like(zero, torch.finfo(zero.dtype).tiny))
             worst = float((now / start).max())
             if worst > GROWTH:
-                raise Diverged(f"the residual grew to {worst:.3g} times the measurement's norm {where}")
+                raise DivergedError(f"the residual grew to {worst:.3g} times the measurement's norm {where}")
         yield state
 
 
@@ -102,9 +109,8 @@ def checkpointed(states: Iterable[S], path: Path, key: str, every: int = 25) -> 
 def save_state(path: Path, state: State, key: str) -> None:
     """Write a state (a NamedTuple of tensors and ints) and the run's fingerprint."""
     fields: dict[str, Any] = {name: getattr(state, name) for name in type(state)._fields}  # type: ignore[attr-defined]
-    temporary = path.with_name(path.name + ".part")
-    torch.save({"key": key, "state": fields}, temporary)
-    temporary.replace(path)
+    with whole_file(path) as part:
+        torch.save({"key": key, "state": fields}, part)
 
 
 def load_state(path: Path, kind: type[S], key: str, device: torch.device | str = "cpu") -> S:

@@ -14,6 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from invdiff.config import build
+from invdiff.files import whole_file
 from invdiff.priors.model import PriorInfo, fast_dtype, save
 from invdiff.priors.network import UNetConfig
 from invdiff.priors.training import TrainingConfig, pack, read_slices, start, train, unpack
@@ -46,20 +47,21 @@ def run(config_file: Path, data: Path, out: Path, resume: bool, device: str = "c
         stored = torch.load(state_file, weights_only=True)
         # A longer or shorter run may go on from the same state; anything else would be another run.
         _refuse_other(stored["config"], recorded, free=("training", "images"))
-        state = unpack(stored, config, sizes)
+        first = unpack(stored, config, sizes)
     else:
-        state = start(config, sizes)
+        first = start(config, sizes)
     target = torch.device(device)
-    began, before = time.monotonic(), state.seen
+    began, before = time.monotonic(), first.seen
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        task = progress.add_task("training", total=config.images, completed=state.seen)
-        total, count, mark = 0.0, 0, state.seen + EVERY_IMAGES
-        for state in train(state, slices, config, info, target, fast_dtype(target)):
+        task = progress.add_task("training", total=config.images, completed=first.seen)
+        total, count, mark = 0.0, 0, first.seen + EVERY_IMAGES
+        for state in train(first, slices, config, info, target, fast_dtype(target)):
             total, count = total + state.loss, count + 1
             progress.update(task, completed=state.seen, description=f"loss {state.loss:.4f}")
             if state.seen >= mark or state.seen >= config.images:
-                _write(state_file, {**pack(state), "config": recorded})
+                with whole_file(state_file) as part:
+                    torch.save({**pack(state), "config": recorded}, part)
                 rate = (state.seen - before) / (time.monotonic() - began)
                 _log(
                     out / "log.csv",
@@ -82,12 +84,6 @@ def _refuse_other(stored: dict[str, Any], wanted: dict[str, Any], free: tuple[st
             old = stored[table][name]
             if old != value and (table, name) != free:
                 raise ValueError(f"the checkpoint has {table}.{name} = {old}, the configuration {value}")
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".part")
-    torch.save(document, temporary)
-    temporary.replace(path)
 
 
 def _log(path: Path, row: dict[str, float]) -> None:

@@ -59,6 +59,6 @@ class GaussianPrior:
             shrunk = gain * centred
         else:
             v = self.vectors.to(x)
-            # One product a slice, on a copy (BLAS rounds by alignment): a slice does not depend on how many share the call.
+            # One product a slice, on a copy (BLAS rounds by alignment): a slice does not depend on its batch
             shrunk = torch.stack([v @ (g * (v.T @ row.clone())) for g, row in zip(gain, centred, strict=True)])
         return self.mean.to(x) + shrunk.view_as(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NOISE_LABEL_SCALE = 250.0  # ln(sigma) is the noise label; x250 spans the range MONAI's sinusoidal embedding is made for
-HEAD_CHANNELS = 32  # channels of one attention head in the middle block
+HEAD_CHANNELS = 32  # most channels of one attention head in the middle block
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class UNet(nn.Module):
             num_res_blocks=config.blocks,
             attention_levels=(False,) * len(config.channels),
             norm_num_groups=config.norm_groups,
-            num_head_channels=HEAD_CHANNELS,
+            num_head_channels=math.gcd(HEAD_CHANNELS, config.channels[-1]),
             use_flash_attention=True,
         )
         self.unet.conv_in = _FullPrecision(self.unet.conv_in)

@@ -37,7 +37,7 @@ class FBP:
         linear(self, problem)
         return FBPState(0, torch.zeros(problem.operator.domain.shape, device=problem.y.device))
 
-    def step(self, problem: Problem, state: FBPState) -> FBPState:
+    def step(self, problem: Problem, state: FBPState) -> FBPState:  # noqa: ARG002
         """x = A^+ y."""
         return FBPState(self.steps, first_guess(problem))
 
