@@ -1,4 +1,4 @@
-"""Operators made of operators: adjoint, composition, multiples, whitening, stacks."""
+"""Operators made of operators: normalised, whitened, stacked. The algebra itself is in ``linear``."""
 
 from __future__ import annotations
 
@@ -8,119 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from invdiff.operators.linear import LinearOperatorBase
+from invdiff.operators.linear import Composition, LinearOperatorBase, Scaled
 from invdiff.operators.mask import Diagonal
 from invdiff.protocols import Space
-
-
-class Adjoint(LinearOperatorBase):
-    """A^H as an operator; its own ``H`` is A again."""
-
-    def __init__(self, operator: LinearOperatorBase) -> None:
-        self.operator = operator
-        self.domain, self.range = operator.range, operator.domain
-
-    def _forward(self, x: Tensor) -> Tensor:
-        return self.operator.adjoint(x)
-
-    def _adjoint(self, y: Tensor) -> Tensor:
-        return self.operator.forward(y)
-
-    @property
-    def H(self) -> LinearOperatorBase:  # noqa: N802
-        """The operator itself."""
-        return self.operator
-
-
-class Composition(LinearOperatorBase):
-    """(A B)(x) = A(B(x)).
-
-    Args:
-        outer: A.
-        inner: B, whose range is the domain of A.
-
-    Raises:
-        ValueError: the spaces differ.
-    """
-
-    def __init__(self, outer: LinearOperatorBase, inner: LinearOperatorBase) -> None:
-        if outer.domain != inner.range:
-            raise ValueError(
-                f"{type(outer).__name__} takes {outer.domain} and {type(inner).__name__} gives {inner.range}; "
-                "the same is wanted"
-            )
-        self.outer, self.inner = outer, inner
-        self.domain, self.range, self.unit = inner.domain, outer.range, inner.unit
-
-    def _forward(self, x: Tensor) -> Tensor:
-        return self.outer.forward(self.inner.forward(x))
-
-    def _adjoint(self, y: Tensor) -> Tensor:
-        return self.inner.adjoint(self.outer.adjoint(y))
-
-    def normal(self, x: Tensor) -> Tensor:
-        """B^H (A^H A) B x, with A's own normal."""
-        return self.inner.adjoint(self.outer.normal(self.inner.forward(x)))
-
-    def solve(
-        self, rhs: Tensor, rho: float, x0: Tensor | None = None, iterations: int = 100, tolerance: float | None = None
-    ) -> Tensor:
-        """B^H (A^H A + rho I)^-1 B rhs where B is unitary, which keeps A's closed form; else conjugate gradients."""
-        if not self.inner.unitary:
-            return super().solve(rhs, rho, x0, iterations, tolerance)
-        first = None if x0 is None else self.inner.forward(x0)
-        return self.inner.adjoint(self.outer.solve(self.inner.forward(rhs), rho, first, iterations, tolerance))
-
-    def pinv(self, y: Tensor) -> Tensor:
-        """B's ``pinv`` of A's ``pinv``."""
-        return self.inner.pinv(self.outer.pinv(y))
-
-    def split(self, index: Sequence[int]) -> LinearOperatorBase:
-        """The chosen views of A, after B."""
-        return Composition(self.outer.split(index), self.inner)
-
-
-class Scaled(LinearOperatorBase):
-    """(c A)(x) = c A(x).
-
-    Args:
-        operator: A.
-        scale: c, a real number other than 0.
-
-    Raises:
-        ValueError: 0, NaN or infinite.
-    """
-
-    def __init__(self, operator: LinearOperatorBase, scale: float) -> None:
-        if not (math.isfinite(scale) and scale != 0):
-            raise ValueError(f"the scale is {scale}; a finite number other than 0 is wanted")
-        self.operator, self.scale = operator, float(scale)
-        self.domain, self.range, self.unit = operator.domain, operator.range, operator.unit
-
-    def _forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.operator.forward(x)
-
-    def _adjoint(self, y: Tensor) -> Tensor:
-        return self.scale * self.operator.adjoint(y)
-
-    def normal(self, x: Tensor) -> Tensor:
-        """c^2 A^H A x."""
-        return self.scale**2 * self.operator.normal(x)
-
-    def solve(
-        self, rhs: Tensor, rho: float, x0: Tensor | None = None, iterations: int = 100, tolerance: float | None = None
-    ) -> Tensor:
-        """(A^H A + rho/c^2 I)^-1 rhs / c^2, which keeps A's closed form."""
-        self._check_rho(rho)
-        return self.operator.solve(rhs / self.scale**2, rho / self.scale**2, x0, iterations, tolerance)
-
-    def pinv(self, y: Tensor) -> Tensor:
-        """A's ``pinv``, divided by c."""
-        return self.operator.pinv(y / self.scale)
-
-    def split(self, index: Sequence[int]) -> LinearOperatorBase:
-        """The chosen views, with the same c."""
-        return Scaled(self.operator.split(index), self.scale)
 
 
 class Normalised(Scaled):

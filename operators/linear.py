@@ -1,4 +1,4 @@
-"""What every linear operator has, written once: algebra, norm, normal equations, views on a device."""
+"""What every linear operator has, written once: adjoint, products, multiples, norm, normal equations, devices."""
 
 from __future__ import annotations
 
@@ -166,20 +166,14 @@ class LinearOperatorBase(ABC):
     @property
     def H(self) -> LinearOperatorBase:  # noqa: N802
         """The adjoint as an operator."""
-        from invdiff.operators.compose import Adjoint
-
         return Adjoint(self)
 
     def __matmul__(self, other: LinearOperatorBase) -> LinearOperatorBase:
         """``(A @ B)(x) = A(B(x))``."""
-        from invdiff.operators.compose import Composition
-
         return Composition(self, other)
 
     def __mul__(self, scale: float) -> LinearOperatorBase:
         """``(c * A)(x) = c A(x)`` for a real number c."""
-        from invdiff.operators.compose import Scaled
-
         return Scaled(self, scale)
 
     __rmul__ = __mul__
@@ -200,6 +194,116 @@ class LinearOperatorBase(ABC):
     def _check_rho(rho: float) -> None:
         if not (rho > 0 and math.isfinite(rho)):
             raise ValueError(f"rho is {rho}; a positive number is wanted")
+
+
+class Adjoint(LinearOperatorBase):
+    """A^H as an operator; its own ``H`` is A again."""
+
+    def __init__(self, operator: LinearOperatorBase) -> None:
+        self.operator = operator
+        self.domain, self.range = operator.range, operator.domain
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.operator.adjoint(x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.operator.forward(y)
+
+    @property
+    def H(self) -> LinearOperatorBase:  # noqa: N802
+        """The operator itself."""
+        return self.operator
+
+
+class Composition(LinearOperatorBase):
+    """(A B)(x) = A(B(x)).
+
+    Args:
+        outer: A.
+        inner: B, whose range is the domain of A.
+
+    Raises:
+        ValueError: the spaces differ.
+    """
+
+    def __init__(self, outer: LinearOperatorBase, inner: LinearOperatorBase) -> None:
+        if outer.domain != inner.range:
+            raise ValueError(
+                f"{type(outer).__name__} takes {outer.domain} and {type(inner).__name__} gives {inner.range}; "
+                "the same is wanted"
+            )
+        self.outer, self.inner = outer, inner
+        self.domain, self.range, self.unit = inner.domain, outer.range, inner.unit
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.outer.forward(self.inner.forward(x))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+    def normal(self, x: Tensor) -> Tensor:
+        """B^H (A^H A) B x, with A's own normal."""
+        return self.inner.adjoint(self.outer.normal(self.inner.forward(x)))
+
+    def solve(
+        self, rhs: Tensor, rho: float, x0: Tensor | None = None, iterations: int = 100, tolerance: float | None = None
+    ) -> Tensor:
+        """B^H (A^H A + rho I)^-1 B rhs where B is unitary, which keeps A's closed form; else conjugate gradients."""
+        if not self.inner.unitary:
+            return super().solve(rhs, rho, x0, iterations, tolerance)
+        first = None if x0 is None else self.inner.forward(x0)
+        return self.inner.adjoint(self.outer.solve(self.inner.forward(rhs), rho, first, iterations, tolerance))
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """B's ``pinv`` of A's ``pinv``."""
+        return self.inner.pinv(self.outer.pinv(y))
+
+    def split(self, index: Sequence[int]) -> LinearOperatorBase:
+        """The chosen views of A, after B."""
+        return Composition(self.outer.split(index), self.inner)
+
+
+class Scaled(LinearOperatorBase):
+    """(c A)(x) = c A(x).
+
+    Args:
+        operator: A.
+        scale: c, a real number other than 0.
+
+    Raises:
+        ValueError: 0, NaN or infinite.
+    """
+
+    def __init__(self, operator: LinearOperatorBase, scale: float) -> None:
+        if not (math.isfinite(scale) and scale != 0):
+            raise ValueError(f"the scale is {scale}; a finite number other than 0 is wanted")
+        self.operator, self.scale = operator, float(scale)
+        self.domain, self.range, self.unit = operator.domain, operator.range, operator.unit
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.operator.forward(x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.scale * self.operator.adjoint(y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """c^2 A^H A x."""
+        return self.scale**2 * self.operator.normal(x)
+
+    def solve(
+        self, rhs: Tensor, rho: float, x0: Tensor | None = None, iterations: int = 100, tolerance: float | None = None
+    ) -> Tensor:
+        """(A^H A + rho/c^2 I)^-1 rhs / c^2, which keeps A's closed form."""
+        self._check_rho(rho)
+        return self.operator.solve(rhs / self.scale**2, rho / self.scale**2, x0, iterations, tolerance)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """A's ``pinv``, divided by c."""
+        return self.operator.pinv(y / self.scale)
+
+    def split(self, index: Sequence[int]) -> LinearOperatorBase:
+        """The chosen views, with the same c."""
+        return Scaled(self.operator.split(index), self.scale)
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

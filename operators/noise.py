@@ -51,7 +51,7 @@ class TransmissionPoisson:
     """Counted photons: N ~ Poisson(photons exp(-A x)), y = -ln(max(N, 1) / photons).
 
     The variance of y is about 1 / N, so that sqrt_w = sqrt(N) whitens it to standard deviation 1 (Thibault et al.,
-    Med. Phys. 2007, eq. 2).
+    Med. Phys. 34, 2007).
 
     Args:
         photons: a ray without an object.

@@ -14,7 +14,7 @@ from invdiff.operators.ct.beam import FULL_TURN, BeamOperator, check_positive, c
 from invdiff.operators.ct.fbp import fbp
 from invdiff.operators.ct.joseph import Rays
 
-SHORT_SCAN_TAPER = math.radians(10)  # Noo et al. 2002, section 4
+SHORT_SCAN_TAPER = math.radians(10)  # the width that Noo et al. 2002 take
 
 
 class FanBeam(BeamOperator):
@@ -84,7 +84,7 @@ class FanBeam(BeamOperator):
         """Share of the turn x cosine of the fan angle x share of a ray that is measured from both ends.
 
         The latter is c / (c + c_opposite), c falling to 0 at the ends of the arc (Noo, Defrise, Clackdoyle and Kudo,
-        Phys. Med. Biol. 2002, eq. 48): 1/2 for a full turn, smooth for a short scan, 1 where only one end is measured.
+        Phys. Med. Biol. 47, 2002): 1/2 for a full turn, smooth for a short scan, 1 where only one end is measured.
         """
         arc = arc_of(self.angles, FULL_TURN)
         fan = torch.atan2(self.positions(self.device), torch.tensor(self.source_detector_mm, dtype=torch.float64))
