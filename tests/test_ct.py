@@ -13,7 +13,7 @@ from torch import Tensor
 from invdiff.operators import FanBeam, ParallelBeam, fbp
 from invdiff.operators.ct.arc import arc_of
 from invdiff.operators.ct.beam import BeamOperator
-from invdiff.operators.ct.joseph import Rays
+from invdiff.operators.ct.joseph import Rays, transpose_by_counting, transpose_by_sorting
 
 SIZE = 2, 1, 130, 110
 PIXEL = 0.6
@@ -178,6 +178,16 @@ def test_rows_on_the_fly_in_chunks(beam: Callable[..., BeamOperator], monkeypatc
     assert torch.allclose(stored(x), flying(x), rtol=1e-13)
     assert torch.allclose(stored.adjoint(y), flying.adjoint(y), rtol=1e-12)
     assert torch.allclose(stored.pinv(y), flying.pinv(y), rtol=1e-12, atol=1e-13)
+
+
+def test_both_ways_to_transpose_are_the_same(beam: Callable[..., BeamOperator]) -> None:
+    a = beam()
+    assert a._matrices is not None
+    pixels = 130 * 110
+    one, two = transpose_by_counting(a._matrices[0], pixels), transpose_by_sorting(a._matrices[0], pixels)
+    for left, right in zip(one, two, strict=True):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
 
 
 def test_a_long_stack_is_each_slice_alone(beam: Callable[..., BeamOperator]) -> None:
