@@ -18,7 +18,7 @@ SLICES = 0  # the axis along which the z-term couples
 
 
 class DDSState(NamedTuple):
-    """i: steps done; x: consistent clean image; x_t: noisy iterate; z, u: split D_z x and its scaled dual (s c h w)."""
+    """i: steps done; x: consistent image; x_t: noisy iterate; z, u: split D_z x and its scaled dual (s c h w)."""
 
     i: int
     x: Tensor
@@ -32,9 +32,9 @@ class DDS:
     """Denoise, make consistent by a few CG steps (one ADMM sweep with a z-TV), add noise again (DDS, algorithms 1, 3).
 
     The consistency minimises ||A x - y||^2 / 2 + rho/2 ||D_z x - z + u||^2 + mu/2 ||x - D||^2 by ``cg_steps`` steps
-    from D = denoise(x_t). With ``anchor`` 0, mu is 0 and stopping early is all that holds x near D, as published for
-    noiseless data. Else mu = anchor * sigma_y^2 / r^2 with r^2 = sigma^2 / (1 + sigma^2), the deviation of D from the
-    truth at noise sigma for a prior of unit variance (PiGDM), so noisy data weigh what they are worth.
+    from D = denoise(x_t), with mu = anchor * sigma_y^2 (the paper's proximal step for noisy data, gamma = 1 / mu):
+    noisy data weigh what they are worth. With ``anchor`` 0 stopping early is all that holds x near D, as published
+    for noiseless data.
 
     Not for a calibrated posterior: it is a sampler in form, but its spread is not the posterior's. Not for
     non-linear operators.
@@ -43,27 +43,29 @@ class DDS:
         steps: denoiser evaluations.
         eta: share of fresh noise in [0, 1]; published 0.15 at 20, 0.5 at 50, 0.85 at 100 evaluations. Less is
             nearer to the posterior mean.
-        cg_steps: CG steps of each consistency, published 5.
+        cg_steps: CG steps of each consistency, published 5; weighted CT data want more.
         rho: ADMM penalty of the z-term for ||A|| = 1 (published 10 for an operator of squared norm 390).
         lam: weight of ||D_z x||_1 for [-1, 1] images and ||A|| = 1; 0 leaves slices uncoupled. Published 2e-4.
-        anchor: weight of the denoised image against noisy data; 0 as published for noiseless data.
+        anchor: weight of the denoised image: about one over its squared error in prior units, as RED-Diff's lam.
+        sigma_floor: smallest sigma_y assumed, prior units with ||A|| = 1: no model of a scanner is exact.
         warm: start from FBP (the operator's pinv) plus noise, else from noise alone.
-        sigma_max: first noise level, prior units.
-        sigma_min: last one above 0.
+        sigma_max: first noise level, prior units. Published 157.
+        sigma_min: last one above 0; at low noise the data say more than the prior. Published 0.01.
     """
 
     steps: int = 50
-    eta: float = 0.5
-    cg_steps: int = 5
+    eta: float = 0.85
+    cg_steps: int = 15
     rho: float = 0.025
-    lam: float = 2e-4
-    anchor: float = 1.0
+    lam: float = 5e-5
+    anchor: float = 300.0
+    sigma_floor: float = 0.0
     warm: bool = False
-    sigma_max: float = 40.0
-    sigma_min: float = 0.01
+    sigma_max: float = 10.0
+    sigma_min: float = 0.03
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, eta=0, cg_steps=1, rho=0, lam=0, anchor=0)
+        at_least(self, steps=1, eta=0, cg_steps=1, rho=0, lam=0, anchor=0, sigma_floor=0)
         if self.eta > 1:
             raise ValueError(f"DDS.eta is {self.eta}; a value in [0, 1] is wanted")
         if self.lam > 0 and self.rho == 0:
@@ -86,16 +88,14 @@ class DDS:
         i, _, x_t, z, u = state
         s, s_next = self.sigma(i), self.sigma(i + 1)
         denoised = problem.prior.denoise(x_t, torch.tensor(s, device=x_t.device))
-        x, z, u = self._consistent(problem, denoised, z, u, s)
+        x, z, u = self._consistent(problem, denoised, z, u)
         return DDSState(i + 1, x, ddim_move(x, x_t, denoised, s, s_next, self.eta, problem.noise(i, x_t)), z, u)
 
-    def _consistent(
-        self, problem: Problem, denoised: Tensor, z: Tensor, u: Tensor, s: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _consistent(self, problem: Problem, denoised: Tensor, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One ADMM sweep from the denoised image."""
         A = problem.operator
         rho = self.rho if self.lam > 0 else 0.0
-        mu = self.anchor * problem.sigma_y**2 * (1 + s**2) / s**2
+        mu = self.anchor * max(problem.sigma_y, self.sigma_floor) ** 2
 
         def normal(v: Tensor) -> Tensor:
             out = A.normal(v) + mu * v

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from invdiff.linalg import difference, difference_adjoint
+from invdiff.linalg import cg, difference, difference_adjoint
 from invdiff.noise import KeyedNoise, geometric
 from invdiff.protocols import Problem
-from invdiff.samplers.checks import at_least, first_guess
+from invdiff.samplers.checks import at_least, first_guess, linear
 
 WEIGHTS: dict[str, Callable[[float], float]] = {
     "linear": lambda s: s,
@@ -46,39 +46,45 @@ class REDDiff:
     lam (x - D): every noise level weighs the same in the image domain. A point estimate, not a posterior sample.
 
     Args:
-        steps: denoiser evaluations (times ``draws``). Published 1000.
-        rate: Adam's first learning rate, prior units. Published 0.1; smaller rates leave less noise.
-        final_rate: last learning rate over the first; the decay is geometric. Published 1.
-        lam: weight of the prior. Published 0.25 (for losses that are means).
+        steps: denoiser evaluations (times ``draws``). Published 1000, with Adam.
+        rate: damping of the Newton step, at most 1; with Adam its first learning rate in prior units, published 0.1.
+        final_rate: last rate over the first; the decay is geometric. Published 1. A small one averages the noise out.
+        lam: weight of the prior: about one over the squared error, in prior units, that its denoiser makes at the
+            noise levels that matter. Published 0.25, for losses that are means and noise that is not weighed.
         weight: how the noise level weighs: linear, sqrt, square, log, trunc_linear, power2over3, const.
         order: ``descending`` noise levels, as published, or ``random`` ones.
         draws: noise draws a step, averaged.
+        newton_steps: 0 is Adam, as published, for any operator. Else each step is a damped Newton step of the same
+            loss, its system solved by this many CG steps, for linear operators: the same fixed point, in tens of
+            steps where Adam needs thousands because A^T A is as badly conditioned as in CT.
         sigma_floor: smallest sigma_y assumed, prior units with ||A|| = 1, so that noiseless data leave the prior a say.
         z_lam: weight of a Huber-smoothed TV across slices, times sigma^2 too; 0 leaves slices uncoupled.
         z_width: jump between slices at which that TV becomes linear, prior units.
         beta1: Adam's decay of the mean. Published 0.9.
         beta2: Adam's decay of the square. Published 0.99.
-        sigma_max: largest noise level, prior units. Published 157.
+        sigma_max: largest noise level, prior units. Published 157, where the denoised image is nearly constant.
         sigma_min: smallest. Published 0.01.
     """
 
-    steps: int = 100
-    rate: float = 0.1
-    final_rate: float = 0.1
-    lam: float = 1.0
+    steps: int = 50
+    rate: float = 0.7
+    final_rate: float = 0.5
+    lam: float = 300.0
     weight: str = "linear"
     order: str = "descending"
     draws: int = 1
+    newton_steps: int = 15
     sigma_floor: float = 1e-3
     z_lam: float = 0.0
     z_width: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
-    sigma_max: float = 10.0
-    sigma_min: float = 0.01
+    sigma_max: float = 3.0
+    sigma_min: float = 0.03
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, rate=0, final_rate=0, lam=0, draws=1, sigma_floor=0, z_lam=0, z_width=1e-12)
+        at_least(self, steps=1, rate=0, final_rate=0, lam=0, draws=1, newton_steps=0)
+        at_least(self, sigma_floor=0, z_lam=0, z_width=1e-12)
         if self.weight not in WEIGHTS:
             raise ValueError(f"REDDiff.weight is {self.weight!r}; one of {', '.join(WEIGHTS)} is wanted")
         if self.order not in ("descending", "random"):
@@ -99,18 +105,33 @@ class REDDiff:
         i, x, m, v = state
         g = problem.operator.vjp(x, problem.operator.forward(x) - problem.y)
         variance = max(problem.sigma_y, self.sigma_floor) ** 2
+        weight = 0.0
         for draw in range(self.draws):
             s = self._level(problem, i, draw)
             denoised = problem.prior.denoise(x + s * problem.noise(i, x, draw), torch.tensor(s, device=x.device))
-            g = g + variance * self.lam * WEIGHTS[self.weight](s) / s * (x - denoised) / self.draws
+            share = variance * self.lam * WEIGHTS[self.weight](s) / s / self.draws
+            g, weight = g + share * (x - denoised), weight + share
         if self.z_lam:
             d = difference(x, SLICES) / self.z_width
             g = g + variance * self.z_lam * difference_adjoint(d.clamp(-1, 1), SLICES)
+        size = self.rate * self.final_rate ** (i / max(1, self.steps - 1))
+        if self.newton_steps:
+            return REDDiffState(i + 1, x - size * self._newton(problem, g, weight), m, v)
         m = self.beta1 * m + (1 - self.beta1) * g
         v = self.beta2 * v + (1 - self.beta2) * g.square()
-        size = self.rate * self.final_rate ** (i / max(1, self.steps - 1))
         unbiased = m / (1 - self.beta1 ** (i + 1)) / ((v / (1 - self.beta2 ** (i + 1))).sqrt() + ADAM_EPSILON)
         return REDDiffState(i + 1, x - size * unbiased, m, v)
+
+    def _newton(self, problem: Problem, g: Tensor, weight: float) -> Tensor:
+        """(A^T A + weight + z-term)^-1 g by CG: the loss's curvature with the denoiser held fixed."""
+        A = linear(self, problem)
+        curvature = max(problem.sigma_y, self.sigma_floor) ** 2 * self.z_lam / self.z_width
+
+        def normal(v: Tensor) -> Tensor:
+            out = A.normal(v) + weight * v
+            return out + curvature * difference_adjoint(difference(v, SLICES), SLICES) if curvature else out
+
+        return cg(normal, g, None, self.newton_steps, joint=bool(curvature))
 
     def _level(self, problem: Problem, i: int, draw: int) -> float:
         """The noise level of one draw; random ones are log-uniform, stratified over the draws of a step."""
