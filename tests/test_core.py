@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_shrink_minimises_its_objective_and_keeps_phase() -> None:
 def test_grids_fall_to_zero(grid: Any) -> None:
     s = grid(7, 50.0, 0.02)
     assert len(s) == 8 and s[0] == pytest.approx(50) and s[-2] == pytest.approx(0.02) and s[-1] == 0
-    assert all(a > b for a, b in zip(s, s[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(s))
 
 
 def test_hu_and_attenuation() -> None:

@@ -16,11 +16,13 @@ class NoPrior:
         unit: physical unit of the image.
         low: physical value that is -1 in prior units.
         high: physical value that is +1.
+        channels: of the image.
     """
 
-    channels = 1
-
-    def __init__(self, unit: str = "HU", low: float = CT_RANGE[0], high: float = CT_RANGE[1]) -> None:
+    def __init__(
+        self, unit: str = "HU", low: float = CT_RANGE[0], high: float = CT_RANGE[1], channels: int = 1
+    ) -> None:
+        self.channels = channels
         self.info = PriorInfo("none", unit, low, high, 0.0, 0.0, 1.0, (0.0, float("inf")))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+"""The ``invdiff`` command. Bad input: one sentence on stderr and exit code 2; an interrupt: 130."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+BAD_INPUT = 2  # exit code, as typer's own for a wrong option
+INTERRUPTED = 130  # exit code, as a shell's for SIGINT
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
+)
+console = Console()
+errors = Console(stderr=True)
+
+Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+
+
+def show_progress(states: Iterator[Any], steps: int, name: str) -> Iterator[Any]:
+    """A bar with the time left round the states of a run."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=errors, transient=True) as bar:
+        task = bar.add_task(name, total=steps)
+        for state in states:
+            bar.update(task, completed=state.i)
+            yield state
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for the pictures and volumes.")] = Path("demo")) -> None:
+    """Reconstruct real scans that come with the dependencies, with the shipped prior; under 3 minutes on 2 cores."""
+    from invdiff.pipelines import demo as pipeline
+
+    pipeline.run(out, console, show_progress)
+
+
+@app.command()
+def simulate(
+    volume: Annotated[Path, typer.Argument(help="CT volume: NIfTI, a DICOM file or a folder of a DICOM series.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Measurement file to write (.h5).")],
+    operator: Annotated[str, typer.Option(help="parallel or fan.")] = "parallel",
+    views: Annotated[int, typer.Option(help="Number of projections.")] = 20,
+    arc: Annotated[float, typer.Option(help="Degrees that they span.")] = 180.0,
+    first: Annotated[float, typer.Option(help="Angle of the first view, degrees.")] = 0.0,
+    photons: Annotated[float, typer.Option(help="Photons a ray; 0 is noiseless.")] = 0.0,
+    sigma: Annotated[float, typer.Option(help="Gaussian noise on the line integrals instead.")] = 0.0,
+    reduce: Annotated[int, typer.Option(help="Volume pixels to one of the reconstruction; 0 chooses.")] = 0,
+    slices: Annotated[str, typer.Option(help="Such as 10:26, from the feet; all by default.")] = ":",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+) -> None:
+    """Measure a CT volume: line integrals with noise, as a measurement file."""
+    from invdiff.datasets import read_volume, write_measurements
+    from invdiff.pipelines import simulate as pipeline
+
+    how = pipeline.Simulation(operator, views, arc, first, photons, sigma, reduce, seed=seed)
+    scan, truth = pipeline.simulate(pipeline.some_slices(read_volume(volume), slices), how)
+    write_measurements(out, [scan])
+    s, _, h, w = truth.data.shape
+    console.print(
+        f"{out}: {views} views over {arc:g} degrees of {s} slices, for reconstruction at {h} x {w} pixels "
+        f"of {truth.spacing_mm[1]:.3g} mm"
+    )
+
+
+@app.command()
+def reconstruct(
+    scan: Annotated[
+        Path, typer.Argument(help="Measurements (.h5), raw data (HTC2022 .mat), or a TOML file that names them.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value, such as sampler.rho=0.02.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="NIfTI file, or a folder name for DICOM.")] = None,
+    prior: Annotated[str | None, typer.Option(help="A shipped prior, a prior's folder, or none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dds, reddiff, diffusionmbir, tv, cgls, fbp, ...")] = None,
+    truth: Annotated[Path | None, typer.Option(help="The true volume, for the picture and the numbers.")] = None,
+    index: Annotated[int | None, typer.Option(help="Which scan of the file.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Slices denoised at once.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
+) -> None:
+    """Reconstruct a measurement file into a volume, its record (.json) and its picture (.png)."""
+    from invdiff.pipelines import compare as comparison
+    from invdiff.pipelines import reconstruct as pipeline
+
+    flags: dict[str, dict[str, Any]] = {
+        "output": {"path": None if out is None else str(out), "truth": None if truth is None else str(truth)},
+        "prior": {"name": prior},
+        "sampler": {"kind": sampler},
+        "input": {"index": index},
+        "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
+    }
+    job = pipeline.resolve(scan, flags, overrides or [])
+    try:
+        record = pipeline.run(job, resume, show_progress)
+    except KeyboardInterrupt:
+        kept = pipeline.checkpoint_path(job.out)
+        errors.print(
+            f"interrupted; {kept} holds the run: the same command with --resume goes on"
+            if kept.exists()
+            else "interrupted"
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    chi2 = record["chi2"]
+    fit = "" if chi2 is None else f", chi2 per measurement {sum(chi2) / len(chi2):.3g}"
+    console.print(f"{job.out}: {record['steps']} steps in {record['seconds']:g} s{fit}")
+    if job.truth is not None:
+        console.print(comparison.table(comparison.run(job.out, job.truth), str(job.out)))
+
+
+@app.command()
+def compare(
+    image: Annotated[Path, typer.Argument(help="The reconstruction: NIfTI or DICOM.")],
+    volume: Annotated[Path, typer.Argument(help="The volume that it should be, on its own grid or a finer one.")],
+) -> None:
+    """PSNR, SSIM, NMSE, RMSE and bias of a reconstruction, over the volume and in three planes."""
+    from invdiff.pipelines import compare as pipeline
+
+    console.print(pipeline.table(pipeline.run(image, volume), str(image)))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file, such as examples/train-ct.toml.")],
+    data: Annotated[Path, typer.Option(help="Folder with the training files.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    device: Device = "cpu",
+) -> None:
+    """Train a prior on slices; checkpoints, exact resume, and the finished prior's folder."""
+    from invdiff.pipelines import train as pipeline
+
+    pipeline.run(config, data, out, resume, device)
+
+
+def main() -> None:
+    """The entry point: errors of the user's making become one sentence and exit code 2."""
+    from invdiff.run import DivergedError
+
+    try:
+        app(standalone_mode=True)
+    except (ValueError, FloatingPointError, DivergedError) as error:
+        errors.print(f"invdiff: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Panels: truth, baselines, ours and the error, in a stated window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from invdiff.files import whole_file
+from invdiff.metrics import HU_WINDOW
+
+CT_WINDOW = (-160.0, 240.0)  # HU: soft tissue, level 40, width 400
+ERROR_SHARE = 0.5  # the error picture spans this share of the window to either side
+
+
+def panel(
+    path: Path,
+    rows: Mapping[str, Mapping[str, Tensor]],
+    unit: str,
+    window: tuple[float, float] | None = None,
+    truth: str = "truth",
+    title: str = "",
+) -> None:
+    """Write a PNG: one row of pictures for each of ``rows``, then the error of each row's last picture.
+
+    Args:
+        path: the PNG.
+        rows: row label to (picture label to image (h w) in physical units). The last picture of a row is ours; where
+            a row has ``truth``, its error is drawn beside it and the others' RMSE is in their titles.
+        unit: of the images.
+        window: least and greatest shown value; for HU soft tissue, else from each row's first picture.
+        truth: label of the reference.
+        title: above all.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) + (truth in row) for row in rows.values())
+    figure = Figure(figsize=(2.6 * columns, 2.9 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        arrays = {name: image.detach().float().cpu().numpy() for name, image in images.items()}
+        low, high = window or (
+            CT_WINDOW if unit == "HU" else (0.0, float(np.quantile(next(iter(arrays.values())), 0.995)))
+        )
+        for axis, (name, array) in zip(line, arrays.items(), strict=False):
+            axis.imshow(array, cmap="gray", vmin=low, vmax=high)
+            note = ""
+            if truth in arrays and name != truth:
+                note = f"\nRMSE {_rmse(array, arrays[truth], unit):.4g} {unit}"
+            axis.set_title((f"{label}: " if axis is line[0] and label else "") + name + note, fontsize=9)
+        if truth in arrays:
+            name, array = list(arrays.items())[-1]
+            span = ERROR_SHARE * (high - low)
+            axis = line[len(arrays)]
+            shown = axis.imshow(array - arrays[truth], cmap="RdBu_r", vmin=-span, vmax=span)
+            axis.set_title(f"error of {name}", fontsize=9)
+            figure.colorbar(shown, ax=axis, shrink=0.7, label=unit)
+    stated = f"window {low:g} to {high:g} {unit}" if window or unit == "HU" else f"unit {unit}"
+    figure.suptitle(f"{title}  ({stated}; not for diagnosis)".strip(), fontsize=10)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def _rmse(image: NDArray[np.float32], truth: NDArray[np.float32], unit: str) -> float:
+    """As ``invdiff compare`` has it: HU below air count as air."""
+    floor = HU_WINDOW[0] if unit == "HU" else -np.inf
+    return float(np.sqrt(np.mean((image.clip(floor) - truth.clip(floor)) ** 2)))
