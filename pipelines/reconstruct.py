@@ -192,7 +192,8 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     """
     check_writable(job.out)
     scan = _scan_of(job)
-    truth = None if job.truth is None else matched_truth(_as_volume(scan, scan.y.new_zeros(1), check=False), job.truth)
+    empty = as_volume(scan, torch.zeros(tuple(scan.fields["shape"])))
+    truth = None if job.truth is None else matched_truth(empty, job.truth)
     operator, y, sigma_y = operator_of(scan)
     prior, weights = prior_of(job.prior, job.run)
     device = device_of(job.run.device)
@@ -203,7 +204,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     state = _loop(job, prepared, key, path, resume, progress)
     seconds = time.monotonic() - began
     x = prepared.to_physical(state.x).cpu()
-    volume = _as_volume(scan, x)
+    volume = as_volume(scan, x)
     record = {
         **record_of(prepared, job.sampler, state, job.run.seed),
         "config": job.document,
@@ -242,10 +243,9 @@ def _scan_of(job: Job) -> Measurements:
     return scans[job.index]
 
 
-def _as_volume(scan: Measurements, x: Tensor, check: bool = True) -> Volume:
-    """The image at the scan's place in the world; a stand-in of zeros of the right shape if not ``check``."""
-    data = x.float() if check else torch.zeros(tuple(scan.fields["shape"]))
-    return Volume(data, scan.affine, "HU", scan.storage, {"name": "reconstruction", "sha256": scan.source_sha256})
+def as_volume(scan: Measurements, x: Tensor) -> Volume:
+    """An image (s c h w) in HU at the scan's place in the world, to be stored in its source's axis order."""
+    return Volume(x.float(), scan.affine, "HU", scan.storage, {"name": "reconstruction", "sha256": scan.source_sha256})
 
 
 def _picture(job: Job, scan: Measurements, volume: Volume, truth: Volume | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -20,12 +21,13 @@ import torch
 from invdiff.datasets import Measurements, Volume, read_measurements, read_volume, write_measurements, write_nifti
 from invdiff.pipelines import cli
 from invdiff.pipelines.compare import matched_truth
-from invdiff.pipelines.reconstruct import Job, operator_of, resolve
+from invdiff.pipelines.reconstruct import Job, as_volume, operator_of, resolve
 from invdiff.pipelines.simulate import Simulation, simulate, some_slices
-from invdiff.priors import PriorInfo
+from invdiff.priors import NoPrior, PriorInfo
 from invdiff.priors.model import save
 from invdiff.priors.network import UNet, UNetConfig
-from invdiff.samplers import DDS, TV
+from invdiff.reconstruction import reconstruct
+from invdiff.samplers import CGLS, DDS, TV
 
 
 def body(shape: tuple[int, int, int] = (5, 40, 36), spacing: float = 2.0) -> Volume:
@@ -302,6 +304,30 @@ def test_truth_is_found_on_a_finer_grid_and_among_more_slices(tmp_path: Path) ->
     torch.testing.assert_close(found.data, coarse.data)
     with pytest.raises(ValueError, match="different grids"):
         matched_truth(replace(coarse, affine=coarse.affine + np.eye(4, k=3) * 5), tmp_path / "fine.nii")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("signs", list(itertools.product((1, -1), repeat=3)))
+def test_the_world_stays_where_it_is(order: tuple[int, ...], signs: tuple[int, ...], tmp_path: Path) -> None:
+    """48 axis orders and flips under an oblique affine, through read, simulate, reconstruct, write."""
+    sizes, spacing = np.array([20, 23, 4])[list(order)], 2.0
+    turn = np.linalg.qr(np.array([[1, 0.12, -0.05], [-0.1, 1, 0.08], [0.04, -0.07, 1]]))[0]
+    affine = np.eye(4)
+    affine[:3, :3] = (turn * np.sign(np.diag(turn)))[:, list(order)] * np.array(signs) * spacing
+    affine[:3, 3] = [13.0, -41.0, 7.5]
+    voxels = np.full(sizes, -1000.0, np.float32)
+    landmark = tuple(int(n * share) for n, share in zip(sizes, (0.3, 0.6, 0.5), strict=True))
+    voxels[landmark] = 1500.0
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "in.nii")
+    scan, _ = simulate(read_volume(tmp_path / "in.nii"), Simulation(views=40))
+    operator, y, sigma_y = operator_of(scan)
+    x = reconstruct(y, operator, NoPrior(), CGLS(steps=25), sigma_y).x
+    write_nifti(tmp_path / "out.nii", as_volume(scan, x))
+    out = nibabel.load(tmp_path / "out.nii")
+    corners = np.array([[i, j, k, 1] for i in (0, sizes[0]) for j in (0, sizes[1]) for k in (0, sizes[2])]).T
+    np.testing.assert_allclose(out.affine @ corners, affine @ corners, atol=1e-3)
+    found = np.unravel_index(np.argmax(out.get_fdata()), out.shape)
+    assert out.shape == tuple(sizes) and tuple(map(int, found)) == landmark
 
 
 def test_resolve_lists_the_right_tables_and_fields(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Full reconstructions with the shipped prior, and a training that learns. Run by: pytest -m slow"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydicom.data import get_testdata_file
+
+from invdiff.datasets import block_mean, read_volume
+from invdiff.metrics import compare
+from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
+from invdiff.pipelines.simulate import Simulation, simulate
+from invdiff.priors import NoPrior, PriorInfo
+from invdiff.priors.network import UNetConfig
+from invdiff.priors.training import Slices, TrainingConfig, start, train
+from invdiff.reconstruction import reconstruct
+from invdiff.samplers import DDS, FBP, TV, REDDiff
+
+pytestmark = pytest.mark.slow
+VAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "val" / "ct"
+
+
+def test_a_real_head_from_30_views_beats_tv() -> None:
+    path = get_testdata_file("J2K_pixelrep_mismatch.dcm", download=False)
+    scan, truth = simulate(read_volume(str(path)), Simulation(views=30, photons=1e5))
+    operator, y, sigma_y = operator_of(scan)
+    prior, _ = prior_of("ct", RunConfig())
+    ours = compare(reconstruct(y, operator, prior, REDDiff(), sigma_y).x, truth.data, "HU").psnr
+    tv = max(
+        compare(reconstruct(y, operator, NoPrior(), TV(lam=w, lam_z=0.0), sigma_y).x, truth.data, "HU").psnr
+        for w in (1e-4, 3e-4, 1e-3)
+    )
+    fbp = compare(reconstruct(y, operator, NoPrior(), FBP(), sigma_y).x, truth.data, "HU").psnr
+    assert ours > tv + 1 > fbp + 4
+
+
+@pytest.mark.skipif(
+    not VAL.is_dir(), reason="the validation scans are not beside this checkout (../shared/data/val/ct)"
+)
+@pytest.mark.parametrize("sampler", [REDDiff(steps=30), DDS(steps=30)])
+def test_neighbouring_chest_slices_from_20_views_beat_tv(sampler: REDDiff | DDS) -> None:
+    volume = read_volume(VAL / "LungFCP-01-0001")
+    four = type(volume)(volume.data[12:16], volume.affine, "HU")
+    scan, truth = simulate(four, Simulation(views=20, photons=1e5))
+    assert torch.equal(truth.data, block_mean(type(four)(four.data.clamp_min(-1000), four.affine, "HU"), 2).data)
+    operator, y, sigma_y = operator_of(scan)
+    prior, _ = prior_of("ct", RunConfig())
+    ours = compare(reconstruct(y, operator, prior, sampler, sigma_y).x, truth.data, "HU").psnr
+    tv = compare(reconstruct(y, operator, NoPrior(), TV(lam=1e-4, lam_z=1e-4), sigma_y).x, truth.data, "HU").psnr
+    assert ours > tv + 1
+
+
+def test_training_learns_to_denoise() -> None:
+    """Constant images of two levels: the best denoiser averages over the image, far below the pixel's own noise."""
+    images = torch.tensor([-0.5, 0.5])[:, None, None].expand(2, 32, 32).numpy() * 1000
+    slices = Slices(images, torch.arange(2).numpy(), torch.ones(2).numpy())
+    config = TrainingConfig(images=4000, crops=(16,), batches=(16,), shares=(1.0,), warmup=200, ema=300, rate=2e-3)
+    info = PriorInfo("toy", "HU", -1000.0, 1000.0, 0.01, 5.0, 0.5, (1.0, 1.0))
+    sizes = UNetConfig(channels=(16, 32), blocks=(1, 1), norm_groups=8)
+    losses = [s.loss for s in train(start(config, sizes), slices, config, info, torch.device("cpu"), None)]
+    assert sum(losses[-20:]) < 0.1 * sum(losses[:20])
