@@ -114,6 +114,8 @@ def reconstruct(
     chi2 = record["chi2"]
     fit = "" if chi2 is None else f", chi2 per measurement {sum(chi2) / len(chi2):.3g}"
     console.print(f"{job.out}: {record['steps']} steps in {record['seconds']:g} s{fit}")
+    for note in record["notes"]:
+        console.print(f"note: {note}")
     if job.truth is not None:
         console.print(comparison.table(comparison.run(job.out, job.truth), str(job.out)))
 

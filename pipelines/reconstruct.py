@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from invdiff.config import build, find, with_overrides
+from invdiff.config import build, find, registered, with_overrides
 from invdiff.datasets import Measurements, Volume, read_htc2022, read_measurements, write_dicom, write_nifti
 from invdiff.files import sha256_of, whole_file
 from invdiff.noise import KeyedNoise
@@ -85,13 +85,7 @@ class Job:
 
 
 def _kind_of(sampler: Any) -> str:
-    return next(k for k in _registered_samplers() if find("samplers", k) is type(sampler))
-
-
-def _registered_samplers() -> list[str]:
-    from invdiff.config import registered
-
-    return registered("samplers")
+    return next(k for k in registered("samplers") if find("samplers", k) is type(sampler))
 
 
 TABLES = {"input": ("scan", "index"), "prior": ("name",), "output": ("path", "truth"), "run": (), "sampler": ()}
@@ -213,6 +207,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         "prior_sha256": weights,
         "scan_sha256": sha256_of([job.scan]),
         "source_sha256": scan.source_sha256,
+        "notes": notes_on(prior, volume),
         "versions": versions(),
         "not_for_diagnosis": True,
     }
@@ -224,13 +219,21 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     return record
 
 
+def notes_on(prior: Prior, volume: Volume) -> list[str]:
+    """What a user should know of how the prior fits the scan."""
+    low, high = prior.info.pixel_mm  # type: ignore[attr-defined]
+    pixel = volume.spacing_mm[1]
+    if not high or low <= pixel <= high:
+        return []
+    return [f"the pixels are {pixel:.3g} mm; the prior was trained on {low:.3g} to {high:.3g} mm"]
+
+
 def _loop(job: Job, prepared: Prepared, key: str, path: Path, resume: bool, progress: Progress) -> Any:
     problem, sampler = prepared.problem, job.sampler
     state = None
     if resume:
-        kind = type(sampler).init.__annotations__["return"]
-        module = __import__(type(sampler).__module__, fromlist=["_"])
-        state = load_state(path, getattr(module, kind) if isinstance(kind, str) else kind, key, problem.y.device)
+        kind = get_type_hints(type(sampler).init)["return"]
+        state = load_state(path, kind, key, problem.y.device)
     states = guarded(iterate(sampler, problem, state), sampler, problem)
     kept = checkpointed(states, path, key, job.run.every)
     return last(progress(kept, sampler.steps, _kind_of(sampler)))

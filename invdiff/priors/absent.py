@@ -23,7 +23,7 @@ class NoPrior:
         self, unit: str = "HU", low: float = CT_RANGE[0], high: float = CT_RANGE[1], channels: int = 1
     ) -> None:
         self.channels = channels
-        self.info = PriorInfo("none", unit, low, high, 0.0, 0.0, 1.0, (0.0, float("inf")))
+        self.info = PriorInfo("none", unit, low, high, 0.0, 0.0, 1.0, (0.0, 0.0))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Refused.

@@ -33,7 +33,7 @@ class PriorInfo:
         sigma_min: smallest noise level it was trained at, in prior units.
         sigma_max: largest noise level it was trained at, in prior units.
         sigma_data: the EDM preconditioning's data deviation, in prior units.
-        pixel_mm: smallest and largest pixel size of the training slices, in mm.
+        pixel_mm: smallest and largest pixel size of the training slices, in mm; zeros where there were none.
         parameterisation: what the network predicts; ``edm`` is F of Karras et al.
     """
 

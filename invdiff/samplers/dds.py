@@ -59,7 +59,7 @@ class DDS:
     rho: float = 0.025
     lam: float = 5e-5
     anchor: float = 300.0
-    sigma_floor: float = 0.0
+    sigma_floor: float = 1e-3
     warm: bool = False
     sigma_max: float = 10.0
     sigma_min: float = 0.03
