@@ -29,7 +29,14 @@ Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
 def show_progress(states: Iterator[Any], steps: int, name: str) -> Iterator[Any]:
     """A bar with the time left round the states of a run."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=errors, transient=True) as bar:
+    with Progress(
+        *columns,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
+    ) as bar:
         task = bar.add_task(name, total=steps)
         for state in states:
             bar.update(task, completed=state.i)
