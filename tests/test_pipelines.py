@@ -148,7 +148,11 @@ def test_interrupt_leaves_a_checkpoint_that_resumes_bit_equal(prior: str, tmp_pa
     whole = [*words, "-o", str(tmp_path / "whole.nii")]
     cut = [*words, "-o", str(tmp_path / "cut.nii")]
     assert command(*whole).returncode == 0
-    run = subprocess.Popen([sys.executable, "-m", "invdiff.pipelines.cli", *cut], stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "invdiff.pipelines.cli", *cut]
+    # A suite started in the background ignores SIGINT, and its children would too
+    run = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     checkpoint = tmp_path / "cut.checkpoint"
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < deadline:
