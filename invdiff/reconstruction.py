@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from invdiff.noise import KeyedNoise
-from invdiff.priors.model import load
+from invdiff.priors.model import fast_dtype, load
 from invdiff.priors.wrappers import Chunked
 from invdiff.problem import Prepared, prepare
 from invdiff.protocols import Operator, Prior, Sampler, State
@@ -58,7 +58,9 @@ def reconstruct(
     mu_water: float = MU_WATER,
     progress: Callable[[Iterator[Any]], Iterator[Any]] | None = None,
 ) -> Result:
-    """Reconstruct an image from measurements. Runs where ``y`` is; a prior given by name is put there too.
+    """Reconstruct an image from measurements. Runs where ``y`` is.
+
+    A prior given by name is put there too, its network in bfloat16 where that is native.
 
     Args:
         y: measurements, the shape of ``operator.range``, in physical units (line integrals for CT).
@@ -80,7 +82,7 @@ def reconstruct(
         invdiff.run.DivergedError: NaN or a residual that grew tenfold.
     """
     chosen = DDS() if sampler is None else sampler
-    used = load(prior).to(y.device) if isinstance(prior, str) else prior
+    used = load(prior).to(y.device, fast_dtype(y.device)) if isinstance(prior, str) else prior
     used = used if chunk is None else Chunked(used, chunk)
     prepared = prepare(y, operator, used, sigma_y, KeyedNoise(seed), mu_water)
     states: Iterator[Any] = guarded(iterate(chosen, prepared.problem), chosen, prepared.problem)
