@@ -145,7 +145,7 @@ def test_dicom_out(prior: str, tmp_path: Path, monkeypatch: Any, capsys: Any) ->
 
 def test_interrupt_leaves_a_checkpoint_that_resumes_bit_equal(prior: str, tmp_path: Path) -> None:
     scan = make_scan(tmp_path)
-    words = ["reconstruct", str(scan), "--prior", prior, "--sampler", "dds", "sampler.steps=400", "run.every=7"]
+    words = ["reconstruct", str(scan), "--prior", prior, "--sampler", "dds", "sampler.steps=150", "run.every=3"]
     whole = [*words, "-o", str(tmp_path / "whole.nii")]
     cut = [*words, "-o", str(tmp_path / "cut.nii")]
     assert command(*whole).returncode == 0
