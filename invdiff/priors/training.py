@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from invdiff.priors.edm import draw_sigma, edm_denoise, edm_loss
 from invdiff.priors.model import PriorInfo
 from invdiff.priors.network import UNet, UNetConfig
+
+GAMMA = (0.7, 1.4)  # powers between which the grey values of some images are raised
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class TrainingConfig:
         warp: share of images that are slightly rotated and scaled (interpolated).
         rotate: largest rotation of those, in radians.
         scale: largest relative change of size of those.
+        gamma: share of images whose grey values are raised to a random power, for contrasts that vary (MR).
+        brightness: largest relative change of those images' grey values.
+        group_power: a group of slices is drawn in proportion to its number of subjects to this power: 1 draws every
+            subject alike, 0 every group.
         seed: of everything random.
     """
 
@@ -61,6 +68,9 @@ class TrainingConfig:
     warp: float = 0.3
     rotate: float = 0.2
     scale: float = 0.15
+    gamma: float = 0.0
+    brightness: float = 0.0
+    group_power: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,12 +84,32 @@ class TrainingConfig:
             raise ValueError(f"images is {self.images}; at least 1 is wanted")
 
 
-class Slices(NamedTuple):
-    """Training slices in physical units and the subject of each."""
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """Training slices, with the subject and the group (such as an MR contrast) of each.
 
-    images: NDArray[Any]
+    Args:
+        images: (h w) each, not necessarily of one size; times ``scale`` they are in physical units.
+        subject: number of each slice's subject.
+        pixel_mm: pixel size of each slice.
+        group: number of each slice's group; one group if None.
+        scale: physical unit of one grey value.
+    """
+
+    images: Sequence[NDArray[Any]] | NDArray[Any]
     subject: NDArray[np.int64]
     pixel_mm: NDArray[np.float32]
+    group: NDArray[np.int64] | None = None
+    scale: float = 1.0
+
+    @cached_property
+    def members(self) -> list[list[NDArray[np.int64]]]:
+        """Indices of the slices of every subject of every group."""
+        group = np.zeros(len(self.images), np.int64) if self.group is None else self.group
+        return [
+            [np.flatnonzero((group == g) & (self.subject == who)) for who in np.unique(self.subject[group == g])]
+            for g in np.unique(group)
+        ]
 
 
 class TrainingState(NamedTuple):
@@ -93,8 +123,13 @@ class TrainingState(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def read_slices(paths: Sequence[Path]) -> Slices:
+def read_slices(paths: Sequence[Path], groups: Sequence[str] = (), scale: float = 1.0) -> Slices:
     """Read HDF5 slice files: ``slices`` (n h w), ``subject`` (n), ``pixel_mm`` (n).
+
+    Args:
+        paths: the files.
+        groups: data sets (n) whose values together name a slice's group.
+        scale: physical unit of one grey value.
 
     Raises:
         ValueError: no file, a missing data set, or slices of different sizes.
@@ -103,42 +138,61 @@ def read_slices(paths: Sequence[Path]) -> Slices:
 
     if not paths:
         raise ValueError("no training files were given")
-    images, subject, pixel = [], [], []
+    images, subject, pixel, group = [], [], [], []
     for path in paths:
         with h5py.File(path) as f:
-            missing = [name for name in ("slices", "subject", "pixel_mm") if name not in f]
+            missing = [name for name in ("slices", "subject", "pixel_mm", *groups) if name not in f]
             if missing:
                 raise ValueError(f"{path} has no data set {missing[0]!r}")
             images.append(f["slices"][:])
             subject.append(f["subject"][:])
             pixel.append(f["pixel_mm"][:])
+            names = [f[name][:] for name in groups]
+            group += [b"/".join(row) for row in zip(*names, strict=True)] if groups else [b""] * len(images[-1])
     if len({a.shape[1:] for a in images}) > 1:
         raise ValueError(f"slices differ in size: {sorted({a.shape[1:] for a in images})}")
     _, index = np.unique(np.concatenate(subject), return_inverse=True)
-    return Slices(np.concatenate(images), index, np.concatenate(pixel))
+    _, kind = np.unique(group, return_inverse=True)
+    return Slices(np.concatenate(images), index, np.concatenate(pixel), kind, scale)
 
 
 def draw_batch(slices: Slices, config: TrainingConfig, info: PriorInfo, step: int) -> Tensor:
-    """The clean crops of one step, (s 1 h w) in prior units: a subject at random, then one of its slices."""
-    from monai.transforms import Compose, RandAffine, RandFlip, RandSpatialCrop
+    """The clean crops of one step, (s 1 h w) in prior units; every crop is keyed by (seed, step, its number)."""
+    kind = int(np.random.default_rng((config.seed, step)).choice(len(config.crops), p=config.shares))
+    return torch.stack(
+        [draw_crop(slices, config, info, config.crops[kind], (step, k)) for k in range(config.batches[kind])]
+    )
 
-    rng = np.random.default_rng((config.seed, step))
-    kind = int(rng.choice(len(config.crops), p=config.shares))
-    size = min(config.crops[kind], *slices.images.shape[1:])
+
+def draw_crop(slices: Slices, config: TrainingConfig, info: PriorInfo, size: int, key: tuple[int, int]) -> Tensor:
+    """One crop (1 size size) in prior units: a group at random, then a subject of it, then one of its slices."""
+    from monai.transforms import (
+        Compose,
+        RandAdjustContrast,
+        RandAffine,
+        RandFlip,
+        RandScaleIntensity,
+        RandSpatialCrop,
+        SpatialPad,
+    )
+
+    rng = np.random.default_rng((config.seed, *key))
+    chances = np.array([len(subjects) for subjects in slices.members]) ** config.group_power
+    subjects = slices.members[rng.choice(len(chances), p=chances / chances.sum())]
+    image = slices.images[int(rng.choice(subjects[rng.integers(len(subjects))]))]
     transform = Compose(
         [
             RandFlip(0.5, spatial_axis=0),
             RandFlip(0.5, spatial_axis=1),
             RandAffine(config.warp, rotate_range=config.rotate, scale_range=config.scale, padding_mode="border"),
+            RandAdjustContrast(config.gamma, GAMMA),
+            RandScaleIntensity(config.brightness, config.gamma),
+            SpatialPad((size, size), mode="edge"),
             RandSpatialCrop((size, size), random_size=False),
         ]
     )
     transform.set_random_state(int(rng.integers(2**31)))
-    crops = []
-    for who in rng.integers(slices.subject.max() + 1, size=config.batches[kind]):
-        index = int(rng.choice(np.flatnonzero(slices.subject == who)))
-        crops.append(torch.as_tensor(np.asarray(transform(slices.images[index][None].astype(np.float32)))))
-    x = torch.stack(crops)
+    x = torch.as_tensor(np.asarray(transform(slices.scale * image[None].astype(np.float32))))
     return (x - (info.high + info.low) / 2) / ((info.high - info.low) / 2)
 
 
