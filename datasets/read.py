@@ -24,12 +24,12 @@ def read_volume(path: str | Path) -> Volume:
         return read_nifti(path)
     if path.suffix.lower() in (".h5", ".hdf5"):
         raise ValueError(f"{path} holds measurements, not a volume; DICOM or NIfTI is wanted")
-    if path.is_file() and not _is_dicom(path):
+    if path.is_file() and not is_dicom(path):
         raise ValueError(f"{path} is not a scan: a folder of DICOM, a DICOM file, .nii or .nii.gz is wanted")
     return read_dicom(path)
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     """A DICOM file has the four letters after a preamble of 128 bytes."""
     with readable(path).open("rb") as f:
         return f.read(132)[128:] == b"DICM"

@@ -6,22 +6,25 @@ Everything random in step ``i`` is keyed by (seed, i), so a resumed run repeats 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from invdiff.priors.edm import draw_sigma, edm_denoise, edm_loss
+from invdiff.priors.launch import Launcher
 from invdiff.priors.model import PriorInfo
 from invdiff.priors.network import UNet, UNetConfig
+from invdiff.priors.slices import Slices, batch_of, draw_crop
+from invdiff.protocols import Prior
 
-GAMMA = (0.7, 1.4)  # powers between which the grey values of some images are raised
+SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 2.0)  # noise levels of the validation, prior units
+VALIDATED = 12  # slices that it looks at
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class TrainingConfig:
         brightness: largest relative change of those images' grey values.
         group_power: a group of slices is drawn in proportion to its number of subjects to this power: 1 draws every
             subject alike, 0 every group.
+        every: images between checkpoints, each with a validation.
+        held_out: share of the subjects that only the validation sees.
+        patience: validations without a better mean loss after which training stops; 0 never stops early.
         seed: of everything random.
     """
 
@@ -71,6 +77,9 @@ class TrainingConfig:
     gamma: float = 0.0
     brightness: float = 0.0
     group_power: float = 0.5
+    every: int = 4_000
+    held_out: float = 0.05
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,36 +89,10 @@ class TrainingConfig:
             raise ValueError(
                 f"crops {self.crops}, batches {self.batches} and shares {self.shares} must be equally long"
             )
-        if self.images < 1:
-            raise ValueError(f"images is {self.images}; at least 1 is wanted")
-
-
-@dataclass(frozen=True, eq=False)
-class Slices:
-    """Training slices, with the subject and the group (such as an MR contrast) of each.
-
-    Args:
-        images: (h w) each, not necessarily of one size; times ``scale`` they are in physical units.
-        subject: number of each slice's subject.
-        pixel_mm: pixel size of each slice.
-        group: number of each slice's group; one group if None.
-        scale: physical unit of one grey value.
-    """
-
-    images: Sequence[NDArray[Any]] | NDArray[Any]
-    subject: NDArray[np.int64]
-    pixel_mm: NDArray[np.float32]
-    group: NDArray[np.int64] | None = None
-    scale: float = 1.0
-
-    @cached_property
-    def members(self) -> list[list[NDArray[np.int64]]]:
-        """Indices of the slices of every subject of every group."""
-        group = np.zeros(len(self.images), np.int64) if self.group is None else self.group
-        return [
-            [np.flatnonzero((group == g) & (self.subject == who)) for who in np.unique(self.subject[group == g])]
-            for g in np.unique(group)
-        ]
+        if self.images < 1 or self.every < 1:
+            raise ValueError(f"images is {self.images} and every {self.every}; at least 1 is wanted")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; a share in [0, 1) is wanted")
 
 
 class TrainingState(NamedTuple):
@@ -123,79 +106,6 @@ class TrainingState(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def read_slices(paths: Sequence[Path], groups: Sequence[str] = (), scale: float = 1.0) -> Slices:
-    """Read HDF5 slice files: ``slices`` (n h w), ``subject`` (n), ``pixel_mm`` (n).
-
-    Args:
-        paths: the files.
-        groups: data sets (n) whose values together name a slice's group.
-        scale: physical unit of one grey value.
-
-    Raises:
-        ValueError: no file, a missing data set, or slices of different sizes.
-    """
-    import h5py
-
-    if not paths:
-        raise ValueError("no training files were given")
-    images, subject, pixel, group = [], [], [], []
-    for path in paths:
-        with h5py.File(path) as f:
-            missing = [name for name in ("slices", "subject", "pixel_mm", *groups) if name not in f]
-            if missing:
-                raise ValueError(f"{path} has no data set {missing[0]!r}")
-            images.append(f["slices"][:])
-            subject.append(f["subject"][:])
-            pixel.append(f["pixel_mm"][:])
-            names = [f[name][:] for name in groups]
-            group += [b"/".join(row) for row in zip(*names, strict=True)] if groups else [b""] * len(images[-1])
-    if len({a.shape[1:] for a in images}) > 1:
-        raise ValueError(f"slices differ in size: {sorted({a.shape[1:] for a in images})}")
-    _, index = np.unique(np.concatenate(subject), return_inverse=True)
-    _, kind = np.unique(group, return_inverse=True)
-    return Slices(np.concatenate(images), index, np.concatenate(pixel), kind, scale)
-
-
-def draw_batch(slices: Slices, config: TrainingConfig, info: PriorInfo, step: int) -> Tensor:
-    """The clean crops of one step, (s 1 h w) in prior units; every crop is keyed by (seed, step, its number)."""
-    kind = int(np.random.default_rng((config.seed, step)).choice(len(config.crops), p=config.shares))
-    return torch.stack(
-        [draw_crop(slices, config, info, config.crops[kind], (step, k)) for k in range(config.batches[kind])]
-    )
-
-
-def draw_crop(slices: Slices, config: TrainingConfig, info: PriorInfo, size: int, key: tuple[int, int]) -> Tensor:
-    """One crop (1 size size) in prior units: a group at random, then a subject of it, then one of its slices."""
-    from monai.transforms import (
-        Compose,
-        RandAdjustContrast,
-        RandAffine,
-        RandFlip,
-        RandScaleIntensity,
-        RandSpatialCrop,
-        SpatialPad,
-    )
-
-    rng = np.random.default_rng((config.seed, *key))
-    chances = np.array([len(subjects) for subjects in slices.members]) ** config.group_power
-    subjects = slices.members[rng.choice(len(chances), p=chances / chances.sum())]
-    image = slices.images[int(rng.choice(subjects[rng.integers(len(subjects))]))]
-    transform = Compose(
-        [
-            RandFlip(0.5, spatial_axis=0),
-            RandFlip(0.5, spatial_axis=1),
-            RandAffine(config.warp, rotate_range=config.rotate, scale_range=config.scale, padding_mode="border"),
-            RandAdjustContrast(config.gamma, GAMMA),
-            RandScaleIntensity(config.brightness, config.gamma),
-            SpatialPad((size, size), mode="edge"),
-            RandSpatialCrop((size, size), random_size=False),
-        ]
-    )
-    transform.set_random_state(int(rng.integers(2**31)))
-    x = torch.as_tensor(np.asarray(transform(slices.scale * image[None].astype(np.float32))))
-    return (x - (info.high + info.low) / 2) / ((info.high - info.low) / 2)
-
-
 def learning_rate(config: TrainingConfig, seen: int) -> float:
     """Warm-up, constant, then linear decay over the last ``decay`` of the images."""
     rise = min(1.0, (seen + 1) / config.warmup)
@@ -203,12 +113,64 @@ def learning_rate(config: TrainingConfig, seen: int) -> float:
     return config.rate * rise * max(config.final, min(1.0, left))
 
 
-def start(config: TrainingConfig, network: UNetConfig) -> TrainingState:
-    """A fresh network, its average and its optimizer."""
+def start(config: TrainingConfig, network: UNetConfig, weights: dict[str, Tensor] | None = None) -> TrainingState:
+    """A network, its average and its optimizer; the network fresh, or with ``weights`` to go on from (fine-tuning)."""
     torch.manual_seed(config.seed)
     net = UNet(network)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    return TrainingState(0, 0, float("nan"), net, copy.deepcopy(net).requires_grad_(False), optimizer)
+    if weights is not None:
+        net.load_state_dict(weights)
+    return TrainingState(0, 0, float("nan"), net, copy.deepcopy(net).requires_grad_(False), _adamw(config, net))
+
+
+def _adamw(config: TrainingConfig, network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=config.rate, betas=(0.9, 0.99), weight_decay=1e-2)
+
+
+class Part(NamedTuple):
+    """What one process needs of a step.
+
+    clean: crops (s 1 h w) in prior units; sigma: (s); noise: N(0, I), as clean; weight: of each in the step's loss (s).
+    """
+
+    clean: Tensor
+    sigma: Tensor
+    noise: Tensor
+    weight: Tensor
+
+
+class Steps(Dataset[Part]):
+    """The part of every step that one process takes: items rank, rank + world, ... of the step's batch.
+
+    A process without an item gets the first one with weight 0, for its gradients must meet the others'.
+    """
+
+    def __init__(self, slices: Slices, config: TrainingConfig, info: PriorInfo, rank: int = 0, world: int = 1) -> None:
+        self.slices, self.config, self.info, self.rank, self.world = slices, config, info, rank, world
+
+    def __getitem__(self, step: int) -> Part:
+        config, info = self.config, self.info
+        _, count = batch_of(config, step)
+        items = list(range(self.rank, count, self.world))
+        weight = torch.full((max(1, len(items)),), 1 / count if items else 0.0)
+        items = items or [0]
+        clean = torch.stack([draw_crop(self.slices, config, info, step, k) for k in items])
+        u, n, noise = [], [], []
+        for k in items:
+            key = int(np.random.default_rng((config.seed, step, k, 1)).integers(2**63))
+            generator = torch.Generator().manual_seed(key)
+            u.append(torch.rand((), generator=generator))
+            n.append(torch.randn((), generator=generator))
+            noise.append(torch.randn(clean.shape[1:], generator=generator))
+        sigma = draw_sigma(
+            torch.stack(u),
+            torch.stack(n),
+            config.sigma_center,
+            config.sigma_width,
+            info.sigma_min,
+            info.sigma_max,
+            config.sigma_uniform,
+        )
+        return Part(clean, sigma, torch.stack(noise), weight)
 
 
 def train(
@@ -216,42 +178,85 @@ def train(
     slices: Slices,
     config: TrainingConfig,
     info: PriorInfo,
-    device: torch.device,
+    launcher: Launcher,
     autocast: torch.dtype | None,
+    workers: int = 0,
+    compiled: bool = False,
 ) -> Iterator[TrainingState]:
     """Train until ``config.images`` are seen; yields the state after every step.
+
+    The loss of a step is the mean over its whole batch, whatever the number of processes.
+
+    Args:
+        state: from ``start`` or ``unpack``.
+        slices: what to train on.
+        config: how.
+        info: range and noise levels.
+        launcher: the processes that share the work.
+        autocast: dtype of the network's arithmetic; None is float32.
+        workers: processes that draw crops beside each training process; they change nothing but the speed.
+        compiled: ``torch.compile`` the network.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the step.
     """
+    device = launcher.device
     network, average, optimizer = state.network.to(device).train(), state.average.to(device), state.optimizer
+    for name, values in optimizer.state.items():  # a resumed state comes from the CPU
+        optimizer.state[name] = {k: v.to(device) if torch.is_tensor(v) and v.ndim else v for k, v in values.items()}
+    called = launcher.setup(torch.compile(network) if compiled else network, optimizer)
     step, seen = state.step, state.seen
-    while seen < config.images:
-        clean = draw_batch(slices, config, info, step).to(device)
-        generator = torch.Generator().manual_seed(int(np.random.default_rng((config.seed, step, 1)).integers(2**63)))
-        u, n = torch.rand(len(clean), generator=generator), torch.randn(len(clean), generator=generator)
-        sigma = draw_sigma(
-            u, n, config.sigma_center, config.sigma_width, info.sigma_min, info.sigma_max, config.sigma_uniform
-        ).to(device)
-        noisy = clean + sigma[:, None, None, None] * torch.randn(clean.shape, generator=generator).to(device)
+    parts = DataLoader(
+        Steps(slices, config, info, launcher.rank, launcher.world),
+        batch_size=None,
+        sampler=itertools.count(step),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    for part in parts:
+        if seen >= config.images:
+            return
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, seen)
+        clean, sigma, noise, weight = (t.to(device, non_blocking=True) for t in part)
+        noisy = clean + sigma[:, None, None, None] * noise
         with torch.autocast(device.type, dtype=autocast or torch.float32, enabled=autocast is not None):
-            denoised = edm_denoise(network, noisy, sigma, info.sigma_data)
-        loss = edm_loss(denoised, clean, sigma, info.sigma_data).mean()
-        value = float(loss.detach())
+            denoised = edm_denoise(called, noisy, sigma, info.sigma_data)
+        loss = (weight * edm_loss(denoised, clean, sigma, info.sigma_data)).sum()
+        value = float(launcher.total(loss.detach()))
         if not np.isfinite(value):
             raise FloatingPointError(f"the training loss is {value} at step {step}; lower the rate ({config.rate})")
         optimizer.zero_grad()
-        loss.backward()
+        launcher.backward(launcher.world * loss)  # gradients are averaged over the processes, the loss is a sum
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
         optimizer.step()
-        seen, step = seen + len(clean), step + 1
-        keep = min(0.5 ** (len(clean) / config.ema), (1 + step) / (10 + step))
-        with torch.no_grad():
-            for a, b in zip(average.parameters(), network.parameters(), strict=True):
-                a.lerp_(b, 1 - keep)
+        count = batch_of(config, step)[1]
+        seen, step = seen + count, step + 1
+        _follow(average, network, min(0.5 ** (count / config.ema), (1 + step) / (10 + step)))
         yield TrainingState(step, seen, value, network, average, optimizer)
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, network: nn.Module, keep: float) -> None:
+    """The moving average of the weights."""
+    for a, b in zip(average.parameters(), network.parameters(), strict=True):
+        a.lerp_(b, 1 - keep)
+
+
+@torch.no_grad()
+def validate(prior: Prior, slices: Slices, info: PriorInfo, device: torch.device) -> dict[float, float]:
+    """The EDM loss at each of ``SIGMAS`` over about ``VALIDATED`` slices, evenly spread; the noise is always the same."""
+    index = np.unique(np.linspace(0, len(slices.images) - 1, VALIDATED).round().astype(int))
+    losses: dict[float, list[float]] = {sigma: [] for sigma in SIGMAS}
+    for k in index:
+        clean = slices.in_prior_units(k, info)[None]
+        for number, sigma in enumerate(SIGMAS):
+            generator = torch.Generator().manual_seed(int(k) * len(SIGMAS) + number)
+            noise = torch.randn(clean.shape, generator=generator).to(device)
+            level = torch.tensor([sigma], device=device)
+            denoised = prior.denoise(clean.to(device) + sigma * noise, level)
+            losses[sigma].append(float(edm_loss(denoised, clean.to(device), level, info.sigma_data)))
+    return {sigma: float(np.mean(values)) for sigma, values in losses.items()}
 
 
 def pack(state: TrainingState) -> dict[str, Any]:

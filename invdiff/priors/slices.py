@@ -1,0 +1,220 @@
+"""Training slices: reading, checking, and drawing crops whose every random choice is keyed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from invdiff.priors.model import PriorInfo
+
+GAMMA = (0.7, 1.4)  # powers between which the grey values of some images are raised
+FEWEST = 8  # slices below which a training would only learn them by heart
+EXTREMES = (0.1, 99.9)  # percentiles between which a file's grey values are taken to lie
+SPAN = (0.02, 4.0)  # that a file's grey values may span, as shares of the prior's range
+
+
+class Drawing(Protocol):
+    """The fields of a training that say how crops are drawn; see ``TrainingConfig``."""
+
+    seed: int
+    crops: tuple[int, ...]
+    batches: tuple[int, ...]
+    shares: tuple[float, ...]
+    warp: float
+    rotate: float
+    scale: float
+    gamma: float
+    brightness: float
+    group_power: float
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """Training slices, with the subject and the group (such as an MR contrast) of each.
+
+    Args:
+        images: (h w) each, not necessarily of one size; times ``scale`` they are in physical units.
+        subject: number of each slice's subject.
+        pixel_mm: pixel size of each slice.
+        group: number of each slice's group; one group if None.
+        scale: physical unit of one grey value.
+        source: the file of each slice, for messages.
+    """
+
+    images: Sequence[NDArray[Any]]
+    subject: NDArray[np.int64]
+    pixel_mm: NDArray[np.float32]
+    group: NDArray[np.int64] | None = None
+    scale: float = 1.0
+    source: Sequence[str] = ()
+
+    @cached_property
+    def members(self) -> list[list[NDArray[np.int64]]]:
+        """Indices of the slices of every subject of every group."""
+        group = np.zeros(len(self.images), np.int64) if self.group is None else self.group
+        return [
+            [np.flatnonzero((group == g) & (self.subject == who)) for who in np.unique(self.subject[group == g])]
+            for g in np.unique(group)
+        ]
+
+    @property
+    def subjects(self) -> int:
+        """How many there are."""
+        return len(np.unique(self.subject))
+
+    def where(self, chosen: NDArray[np.bool_]) -> Slices:
+        """The slices that ``chosen`` (n) marks."""
+        index = np.flatnonzero(chosen)
+        return replace(
+            self,
+            images=self.images[index] if isinstance(self.images, np.ndarray) else [self.images[k] for k in index],
+            subject=self.subject[index],
+            pixel_mm=self.pixel_mm[index],
+            group=None if self.group is None else self.group[index],
+            source=[self.source[k] for k in index] if self.source else (),
+        )
+
+    def in_prior_units(self, index: int, info: PriorInfo) -> Tensor:
+        """One slice (1 h w), -1 and +1 at the ends of the prior's range."""
+        image = self.scale * np.asarray(self.images[index], np.float32)[None]
+        return (torch.from_numpy(image) - (info.high + info.low) / 2) / ((info.high - info.low) / 2)
+
+
+def read_slices(paths: Sequence[Path], groups: Sequence[str] = (), scale: float = 1.0) -> Slices:
+    """Read HDF5 slice files: ``slices`` (n h w), ``subject`` (n), ``pixel_mm`` (n).
+
+    Args:
+        paths: the files.
+        groups: data sets (n) whose values together name a slice's group.
+        scale: physical unit of one grey value.
+
+    Raises:
+        ValueError: no file, one that is no HDF5, a missing data set, data sets of different lengths, or slices of
+            different sizes.
+    """
+    import h5py
+
+    if not paths:
+        raise ValueError("no training files were given")
+    images, subject, pixel, group, source = [], [], [], [], []
+    for path in paths:
+        try:
+            with h5py.File(path) as f:
+                missing = [name for name in ("slices", "subject", "pixel_mm", *groups) if name not in f]
+                if missing:
+                    raise ValueError(f"{path} has no data set {missing[0]!r}; it has: {', '.join(f)}")
+                named = {name: f[name][:] for name in ("slices", "subject", "pixel_mm", *groups)}
+        except OSError as error:
+            raise ValueError(f"{path} is not an HDF5 file that can be read ({type(error).__name__})") from error
+        lengths = {name: len(value) for name, value in named.items()}
+        if len(set(lengths.values())) > 1 or named["slices"].ndim != 3:
+            raise ValueError(f"{path}: slices is {named['slices'].shape}, lengths are {lengths}; (n h w) and n are wanted")
+        images.append(named["slices"])
+        subject.append(named["subject"].astype("S"))
+        pixel.append(named["pixel_mm"])
+        group += [b"/".join(np.array(row, "S")) for row in zip(*(named[g] for g in groups), strict=True)] or [
+            b""
+        ] * len(images[-1])
+        source += [path.name] * len(images[-1])
+    if len({a.shape[1:] for a in images}) > 1:
+        raise ValueError(f"slices differ in size: {sorted({a.shape[1:] for a in images})}")
+    _, index = np.unique(np.concatenate(subject), return_inverse=True)
+    _, kind = np.unique(group, return_inverse=True)
+    return Slices(np.concatenate(images), index, np.concatenate(pixel), kind, scale, source)  # type: ignore[arg-type]
+
+
+def checked(slices: Slices, info: PriorInfo) -> Slices:
+    """The slices that are fit to train on: constant ones (empty ends of volumes) are left out.
+
+    Raises:
+        ValueError: a file of nothing but constant slices, too few slices, values that are not finite, or a file whose
+            values do not fit the prior's range, as in another unit.
+    """
+    source = np.array(slices.source or ["the slices"] * len(slices.images))
+    varied = np.array([np.ptp(image) > 0 for image in slices.images])
+    for name in np.unique(source):
+        ours = np.flatnonzero(source == name)
+        if not varied[ours].any():
+            raise ValueError(f"{name}: all of its {len(ours)} slices are constant; images are wanted")
+        _check_values(str(name), slices, ours[varied[ours]], info)
+    if varied.sum() < FEWEST:
+        raise ValueError(f"there are {varied.sum()} slices to train on; at least {FEWEST} are wanted")
+    return slices if varied.all() else slices.where(varied)
+
+
+def _check_values(name: str, slices: Slices, index: NDArray[np.int64], info: PriorInfo) -> None:
+    """Refuse a file whose values cannot be in the prior's unit."""
+    some = index[:: max(1, len(index) // 32)]  # a look at about 32 slices is enough
+    values = slices.scale * np.concatenate([np.asarray(slices.images[k], np.float32).ravel() for k in some])
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinite values; finite ones are wanted")
+    low, high = np.percentile(values, EXTREMES)
+    share = (high - low) / (info.high - info.low)
+    outside = max(info.low - low, high - info.high) / (info.high - info.low)
+    if not SPAN[0] <= share <= SPAN[1] or outside > SPAN[1] / 2:
+        raise ValueError(
+            f"{name}: its values run from {low:g} to {high:g}, prior {info.name!r} from {info.low:g} to {info.high:g} "
+            f"{info.unit}; slices in that unit are wanted (data.scale multiplies them)"
+        )
+
+
+def split(slices: Slices, share: float, seed: int) -> tuple[Slices, Slices | None]:
+    """(slices to train on, slices to validate on): whole subjects are held out, about ``share`` of them.
+
+    At least one subject is held out where ``share`` is above 0, unless there is only one subject.
+    """
+    who = np.unique(slices.subject)
+    held = 0 if share == 0 or len(who) < 2 else max(1, round(share * len(who)))
+    chosen = np.random.default_rng(seed).permutation(who)[:held]
+    marked = np.isin(slices.subject, chosen)
+    return (slices.where(~marked), slices.where(marked)) if held else (slices, None)
+
+
+def batch_of(config: Drawing, step: int) -> tuple[int, int]:
+    """(edge length of the crops, number of crops) of a step."""
+    kind = int(np.random.default_rng((config.seed, step)).choice(len(config.crops), p=config.shares))
+    return config.crops[kind], config.batches[kind]
+
+
+def draw_crop(slices: Slices, config: Drawing, info: PriorInfo, step: int, item: int) -> Tensor:
+    """One crop of a step, (1 size size) in prior units: a group at random, then a subject of it, then one of its slices.
+
+    Keyed by (seed, step, item): crops can be drawn in any order, by any process.
+    """
+    from monai.transforms import (
+        Compose,
+        RandAdjustContrast,
+        RandAffine,
+        RandFlip,
+        RandScaleIntensity,
+        RandSpatialCrop,
+        SpatialPad,
+    )
+
+    size, _ = batch_of(config, step)
+    rng = np.random.default_rng((config.seed, step, item))
+    chances = np.array([len(subjects) for subjects in slices.members]) ** config.group_power
+    subjects = slices.members[int(rng.choice(len(chances), p=chances / chances.sum()))]
+    image = slices.images[int(rng.choice(subjects[int(rng.integers(len(subjects)))]))]
+    transform = Compose(
+        [
+            RandFlip(0.5, spatial_axis=0),
+            RandFlip(0.5, spatial_axis=1),
+            RandAffine(config.warp, rotate_range=config.rotate, scale_range=config.scale, padding_mode="border"),
+            RandAdjustContrast(config.gamma, GAMMA),
+            RandScaleIntensity(config.brightness, config.gamma),
+            SpatialPad((size, size), mode="edge"),
+            RandSpatialCrop((size, size), random_size=False),
+        ]
+    )
+    transform.set_random_state(int(rng.integers(2**31)))
+    x = torch.as_tensor(np.asarray(transform(slices.scale * np.asarray(image, np.float32)[None])))
+    return (x - (info.high + info.low) / 2) / ((info.high - info.low) / 2)

@@ -1,0 +1,95 @@
+"""What a training reads: HDF5 slice files, or folders of NIfTI files and DICOM series, as ``Slices`` in the prior's unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from invdiff.datasets import Volume, read_volume
+from invdiff.datasets.read import is_dicom
+from invdiff.priors.slices import Slices, read_slices
+
+HDF5 = (".h5", ".hdf5")
+NIFTI = (".nii", ".nii.gz")
+PADDING_HU = -1024.0  # below air lies only padding outside the scanner's field of view
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which files are read, and what their grey values mean.
+
+    Args:
+        files: pattern of the file names, such as ``*_T1w.nii.gz``; all that are known if empty.
+        groups: data sets of the HDF5 files whose values together name a slice's group, such as a contrast.
+        scale: physical unit of one grey value of an HDF5 file.
+        quantile: of the non-zero voxels of an MR volume, which becomes 1: magnitudes have no unit of their own.
+    """
+
+    files: str = ""
+    groups: tuple[str, ...] = ()
+    scale: float = 1.0
+    quantile: float = 0.999
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"data.quantile is {self.quantile}; a share in (0, 1] is wanted")
+        if not self.scale > 0:
+            raise ValueError(f"data.scale is {self.scale}; more than 0 is wanted")
+
+
+def read_training(folder: Path, config: DataConfig, unit: str) -> Slices:
+    """Every slice below ``folder``; HDF5 files if there are any, else NIfTI files and DICOM series.
+
+    A subject is a folder directly below ``folder``, or a file that lies directly in it; in HDF5 files it is said.
+
+    Raises:
+        ValueError: no such folder, nothing to read in it, or volumes of another unit than the prior's.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; one with HDF5, NIfTI or DICOM files is wanted")
+    files = sorted(p for p in folder.rglob(config.files or "*") if p.is_file())
+    hdf5 = [p for p in files if p.suffix in HDF5]
+    if hdf5:
+        return read_slices(hdf5, config.groups, config.scale)
+    images: list[NDArray[Any]] = []
+    subject, pixel, source = [], [], []
+    for path in _volumes(files):
+        volume = read_volume(path)
+        if volume.unit != unit:
+            raise ValueError(f"{path} is in {volume.unit}, the prior in {unit}; volumes of one unit are wanted")
+        found = _images(volume, config.quantile, path)
+        images += list(found)
+        parts = path.relative_to(folder).parts
+        subject += [parts[0]] * len(found)
+        pixel += [sum(volume.spacing_mm[1:]) / 2] * len(found)
+        source += [str(path)] * len(found)
+    if not images:
+        wanted = f"{folder} holds no HDF5, NIfTI or DICOM files"
+        raise ValueError(f"{wanted} that match {config.files!r}" if config.files else wanted)
+    _, index = np.unique(subject, return_inverse=True)
+    return Slices(images, index, np.array(pixel, np.float32), source=source)
+
+
+def _volumes(files: list[Path]) -> Iterator[Path]:
+    """NIfTI files, and folders of DICOM files."""
+    yield from (p for p in files if p.name.endswith(NIFTI))
+    yield from sorted({p.parent for p in files if not p.name.endswith(NIFTI) and is_dicom(p)})
+
+
+def _images(volume: Volume, quantile: float, path: Path) -> NDArray[Any]:
+    """(s h w): HU as int16; magnitudes as float16, the quantile of the non-zero ones at 1."""
+    if volume.data.shape[1] != 1:
+        raise ValueError(f"{path} has {volume.data.shape[1]} channels; 1 is wanted")
+    data = volume.data[:, 0].numpy()
+    if volume.unit == "HU":
+        return data.clip(PADDING_HU).round().astype(np.int16)
+    inside = data[data != 0]
+    if not inside.size:
+        raise ValueError(f"{path} is zero throughout; an image is wanted")
+    return (data / np.quantile(inside, quantile)).astype(np.float16)
