@@ -31,7 +31,8 @@ from invdiff.priors import PriorInfo
 from invdiff.priors.edm import draw_sigma, edm_denoise, edm_loss
 from invdiff.priors.model import fast_dtype
 from invdiff.priors.network import UNet, UNetConfig
-from invdiff.priors.training import Slices, TrainingConfig, learning_rate, read_slices
+from invdiff.priors.slices import Slices, read_slices
+from invdiff.priors.training import TrainingConfig, learning_rate
 
 SIZES = UNetConfig(channels=(32, 64, 96), blocks=(1, 1, 1))
 INFO = PriorInfo("size-free", "HU", -1000.0, 2000.0, 0.002, 100.0, 0.5, (1.03, 2.73))

@@ -141,15 +141,23 @@ def compare(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file, such as examples/train-ct.toml.")],
-    data: Annotated[Path, typer.Option(help="Folder with the training files.")],
+    data: Annotated[Path, typer.Option(help="Folder with HDF5 slices, NIfTI files or DICOM series.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    validation: Annotated[Path | None, typer.Option(help="Folder to validate on, instead of some of DATA.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that draw crops; on a GPU a few.")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network; pays on a GPU.")] = False,
+    dtype: Annotated[str, typer.Option(help="Network arithmetic: auto, float32, bfloat16.")] = "auto",
     device: Device = "cpu",
 ) -> None:
-    """Train a prior on slices; checkpoints, exact resume, and the finished prior's folder."""
+    """Train a prior, or fine-tune one; checkpoints, validation, exact resume. Under torchrun: on several devices."""
     from invdiff.pipelines import train as pipeline
 
-    pipeline.run(config, data, out, resume, device)
+    try:
+        pipeline.run(config, data, out, resume, console, device, validation, workers, compiled, dtype)
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; {out} holds the run: the same command with --resume goes on")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def main() -> None:

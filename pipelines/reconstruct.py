@@ -156,10 +156,19 @@ def prior_of(name: str, run: RunConfig) -> tuple[Prior, str]:
     if name == "none":
         return NoPrior(), ""
     device = device_of(run.device)
-    chosen = DTYPES[run.dtype]
-    autocast = fast_dtype(device) if run.dtype == "auto" else (None if chosen is torch.float32 else chosen)
-    network: NetworkPrior = load(name).to(device, autocast)
+    network: NetworkPrior = load(name).to(device, dtype_of(run.dtype, device))
     return Chunked(network, run.chunk), network.sha256 or ""
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of a network's arithmetic, None for float32; ``auto`` is bfloat16 where it is native.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r}; one of {', '.join(DTYPES)} is wanted")
+    return fast_dtype(device) if name == "auto" else None if name == "float32" else DTYPES[name]
 
 
 def device_of(name: str) -> torch.device:

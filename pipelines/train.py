@@ -1,4 +1,4 @@
-"""``invdiff train``: train a prior from a TOML file, with checkpoints, validation, exact resume and an exported folder."""
+"""``invdiff train``: a prior from a TOML file, with checkpoints, validation, exact resume and an exported folder."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from invdiff.config import build
 from invdiff.files import whole_file
+from invdiff.pipelines.reconstruct import dtype_of
 from invdiff.pipelines.training_data import DataConfig, read_training
 from invdiff.pipelines.training_report import plot, sheet
 from invdiff.priors import load
 from invdiff.priors.launch import Launcher, launched
-from invdiff.priors.model import NetworkPrior, PriorInfo, fast_dtype, save
+from invdiff.priors.model import NetworkPrior, PriorInfo, save
 from invdiff.priors.network import UNetConfig
 from invdiff.priors.slices import Slices, checked, split
 from invdiff.priors.training import TrainingConfig, TrainingState, pack, start, train, unpack, validate
 
 STATE_FILE = "state.pt"
 LOG_FILE = "log.csv"
-COPIES = 2 * 4 * 4  # bytes on disk a parameter: network, average and AdamW's two moments in float32, twice while renaming
+COPIES = (
+    2 * 4 * 4
+)  # bytes on disk a parameter: network, average and AdamW's two moments in float32, twice while renaming
+RENAMED = ("name", "pixel_mm")  # what a fine-tuned prior may state otherwise
 TABLES = ("data", "prior", "network", "training", "start")
 
 
@@ -79,6 +83,10 @@ def plan_of(config_file: Path) -> Plan:
         sizes = {**asdict(first.network.config), **sizes}
         if build(UNetConfig, sizes, "network") != first.network.config:
             raise ValueError(f"the network is {document['network']}, that of the prior to start from is another")
+        for key, value in document.get("prior", {}).items():
+            old = getattr(first.info, key, value)
+            if key not in RENAMED and value != old:
+                raise ValueError(f"prior.{key} is {value!r}, that of the prior to start from is {old!r}")
     return Plan(
         build(UNetConfig, sizes, "network"),
         build(TrainingConfig, document.get("training", {}), "training"),
@@ -98,6 +106,7 @@ def run(
     validation: Path | None = None,
     workers: int = 0,
     compiled: bool = False,
+    dtype: str = "auto",
 ) -> None:
     """Train the prior of ``config_file``; keeps ``state.pt``, ``log.csv``, pictures and ``prior/`` in ``out``.
 
@@ -112,18 +121,20 @@ def run(
         raise ValueError(f"{config_file} lacks prior.unit; HU or a.u. is wanted")
     everything = read_training(data, plan.data, unit)
     info = plan.info((float(everything.pixel_mm.min()), float(everything.pixel_mm.max())))
-    slices, judged = split(checked(everything, info), plan.config.held_out if validation is None else 0, plan.config.seed)
+    slices, judged = split(
+        checked(everything, info), plan.config.held_out if validation is None else 0, plan.config.seed
+    )
     if validation is not None:
         judged = checked(read_training(validation, plan.data, unit), info)
     launcher = launched(device)
     recorded = {"training": asdict(plan.config), "network": asdict(plan.network), "prior": asdict(info)}
     state, course = _first(plan, out / STATE_FILE if resume else None, recorded)
-    job = Job(out, plan, info, slices, judged, recorded, launcher, console)
+    job = Job(out, plan, info, slices, judged, recorded, launcher, console, dtype_of(dtype, launcher.device))
     if launcher.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         _check_disk(out, sum(p.numel() for p in state.network.parameters()))
         job.keep_log(state.seen)
-        console.print(job.opening())
+        job.say(job.opening())
     job.run(state, course, workers, compiled)
 
 
@@ -139,6 +150,7 @@ class Job:
     recorded: dict[str, Any]
     launcher: Launcher
     console: Console
+    dtype: torch.dtype | None
 
     def opening(self) -> str:
         """What is trained on what."""
@@ -150,8 +162,8 @@ class Job:
 
     def run(self, state: TrainingState, course: Course, workers: int, compiled: bool) -> None:
         """Every step, with a checkpoint and a look at the validation after every ``every`` images."""
-        config, dtype = self.plan.config, fast_dtype(self.launcher.device)
-        steps = train(state, self.slices, config, self.info, self.launcher, dtype, workers, compiled)
+        config = self.plan.config
+        steps = train(state, self.slices, config, self.info, self.launcher, self.dtype, workers, compiled)
         mark, losses, began, before = state.seen + config.every, [], time.monotonic(), state.seen
         with self._progress(state.seen) as bar, _interrupts() as stopped:
             for state in steps:
@@ -162,7 +174,7 @@ class Job:
                     course = self._look(state, course, float(np.mean(losses)), rate)
                     mark, losses = state.seen + config.every, []
                     if config.patience and course.stale >= config.patience:
-                        self._say(f"no better validation for {course.stale} looks: stopped at {state.seen} crops")
+                        self.say(f"no better validation for {course.stale} looks: stopped at {state.seen} crops")
                         return
                 if stopped:
                     if self.launcher.rank == 0:
@@ -172,20 +184,23 @@ class Job:
     def _look(self, state: TrainingState, course: Course, loss: float, rate: float) -> Course:
         """Validate, log, write the checkpoint, the prior and the pictures; only the first process writes."""
         device = self.launcher.device
-        prior = NetworkPrior(state.average.eval(), self.info, fast_dtype(device))
+        prior = NetworkPrior(state.average.eval(), self.info, self.dtype)
         judged = {} if self.judged is None else validate(prior, self.judged, self.info, device)
         mean = float(np.mean(list(judged.values()))) if judged else float("nan")
         better = not judged or mean < course.best
         course = Course(mean, 0) if better else Course(course.best, course.stale + 1)
         if self.launcher.rank == 0:
             named = {f"val_{sigma:g}": value for sigma, value in judged.items()}
-            self._log({"seen": state.seen, "step": state.step, "loss": loss, "val": mean, **named, "images_per_s": rate})
+            self._log(
+                {"seen": state.seen, "step": state.step, "loss": loss, "val": mean, **named, "images_per_s": rate}
+            )
             if better or not self.plan.config.patience:
                 save(self.out / "prior", state.average, self.info, self._figures(state, judged))
             plot(self.out / "progress.png", self.out / LOG_FILE, self.info.name)
-            sheet(self.out / "samples.png", prior, self.plan.config, device)
+            sheet(self.out / "samples.png", prior, max(self.plan.config.crops), device)
             self._save(state, course)
-            self._say(f"{state.seen} of {self.plan.config.images} crops: loss {loss:.4f}, validation {mean:.4f}, {rate:.1f}/s")
+            done = f"{state.seen} of {self.plan.config.images} crops"
+            self.say(f"{done}: loss {loss:.4f}, validation {mean:.4f}, {rate:.1f} crops/s")
         self.launcher.wait()
         return course
 
@@ -208,9 +223,9 @@ class Job:
             except RuntimeError as error:  # torch's writer says so where the disk is full
                 raise OSError(str(error).splitlines()[0]) from error
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.launcher.rank == 0:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def _progress(self, seen: int) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""What a training reads: HDF5 slice files, or folders of NIfTI files and DICOM series, as ``Slices`` in the prior's unit."""
+"""What a training reads: HDF5 slice files, or NIfTI files and DICOM series, as ``Slices`` in the prior's unit."""
 
 from __future__ import annotations
 

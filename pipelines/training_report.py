@@ -5,13 +5,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from invdiff.files import whole_file
-from invdiff.pipelines.sample import draw, write_sheet
 from invdiff.priors.model import NetworkPrior
-from invdiff.samplers import DPMSolverPP
 
 SAMPLES, SOLVER_STEPS = 8, 16  # cheap enough to be drawn at every validation
 
@@ -39,3 +36,7 @@ def plot(path: Path, log: Path, name: str) -> None:
     axis.legend(fontsize=8)
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
+
+
+def sheet(path: Path, prior: NetworkPrior, size: int, device: torch.device) -> None:
+    """TEMPORARY until invdiff.sample stands."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,3 +90,18 @@ def world() -> World:
 def make_world() -> Callable[..., World]:
     """``make_world(slices=5, sigma_y=0.05, seed=0)``."""
     return build_world
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """``here(*words)``: the command in this process; its exit code and what it said on stderr, on one line."""
+    from invdiff.pipelines import cli
+
+    def command(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["invdiff", *map(str, words)])
+        monkeypatch.setattr(cli, "errors", cli.Console(stderr=True))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), " ".join(capsys.readouterr().err.split())
+
+    return command

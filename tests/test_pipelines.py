@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import nibabel
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from invdiff.pipelines import cli
 from invdiff.pipelines.compare import matched_truth
 from invdiff.pipelines.reconstruct import Job, as_volume, operator_of, resolve
 from invdiff.pipelines.simulate import Simulation, simulate, some_slices
-from invdiff.priors import NoPrior, PriorInfo, load
+from invdiff.priors import NoPrior, PriorInfo
 from invdiff.priors.model import save
 from invdiff.priors.network import UNet, UNetConfig
 from invdiff.reconstruction import reconstruct
@@ -169,42 +168,6 @@ def test_interrupt_leaves_a_checkpoint_that_resumes_bit_equal(prior: str, tmp_pa
     a, b = (np.asarray(nibabel.load(tmp_path / f"{n}.nii").dataobj) for n in ("whole", "cut"))
     assert np.array_equal(a, b)
     assert not checkpoint.exists()
-
-
-def test_train_makes_a_prior_that_reconstructs(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    with h5py.File(tmp_path / "slices.h5", "w") as f:
-        f["slices"] = np.random.default_rng(0).normal(0, 300, (6, 24, 24)).astype(np.int16)
-        f["subject"] = [b"a", b"a", b"b", b"b", b"b", b"c"]
-        f["pixel_mm"] = np.full(6, 1.5, np.float32)
-    config = tmp_path / "toy.toml"
-    text = (
-        '[prior]\nname = "toy"\nunit = "HU"\nlow = -1000\nhigh = 1000\nsigma_min = 0.01\n'
-        "sigma_max = 20\nsigma_data = 0.5\n"
-        "[network]\nchannels = [8, 8]\nblocks = [1, 1]\nnorm_groups = 4\n"
-        "[training]\nimages = 24\ncrops = [16]\nbatches = [4]\nshares = [1.0]\n"
-    )
-    config.write_text(text)
-    words = ["train", config, "--data", tmp_path, "-o", tmp_path / "run"]
-    assert here(monkeypatch, capsys, *words, "--resume") == (
-        2,
-        f"invdiff: {tmp_path / 'run'} holds no state.pt to resume from",
-    )
-    assert here(monkeypatch, capsys, *words)[0] == 0
-    assert (tmp_path / "run" / "log.csv").read_text().startswith("seen,step,loss")
-    code, message = here(monkeypatch, capsys, *words)
-    assert code == 2 and "holds a run already; give --resume" in message
-    config.write_text(text.replace("images = 24", "images = 32"))
-    assert here(monkeypatch, capsys, *words, "--resume")[0] == 0
-    config.write_text(text.replace("crops = [16]", "crops = [12]"))
-    code, message = here(monkeypatch, capsys, *words, "--resume")
-    assert code == 2 and "training.crops" in message
-    config.write_text(text.replace("[network]", "[network]\nlayers = 3"))
-    assert here(monkeypatch, capsys, *words)[1].startswith("invdiff: network has no field 'layers'; its fields are:")
-    prior = load(tmp_path / "run" / "prior")
-    assert prior.info.pixel_mm == (1.5, 1.5)
-    scan = make_scan(tmp_path)
-    line = ["reconstruct", scan, "--prior", tmp_path / "run" / "prior", "-o", tmp_path / "x.nii", "sampler.steps=2"]
-    assert here(monkeypatch, capsys, *line)[0] == 0
 
 
 def nan_volume(path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from invdiff.priors import GaussianPrior, PriorInfo, load, shipped
 from invdiff.priors.edm import draw_sigma, edm_denoise, edm_loss
 from invdiff.priors.model import NetworkPrior, save
 from invdiff.priors.network import UNet, UNetConfig
-from invdiff.priors.training import TrainingConfig, draw_batch, learning_rate, pack, read_slices, start, train, unpack
 
 SMALL = UNetConfig(unshuffle=2, channels=(8, 16), blocks=(1, 1), norm_groups=4)
 INFO = PriorInfo("toy", "HU", -1000.0, 1000.0, 0.01, 50.0, 0.5, (1.0, 2.0))
@@ -121,60 +118,3 @@ def test_shipped_prior_denoises_what_it_says() -> None:
     noisy = x + 0.2 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     error = (prior.denoise(noisy, torch.tensor(0.2)) - x).square().mean().sqrt()
     assert float(error) < 0.05  # a quarter of the noise
-
-
-def slices_file(path: Path, subjects: int = 3) -> Path:
-    rng = np.random.default_rng(0)
-    with h5py.File(path, "w") as f:
-        f["slices"] = rng.normal(0, 300, (4 * subjects, 24, 24)).astype(np.int16)
-        f["subject"] = [f"s{k // 4}".encode() for k in range(4 * subjects)]
-        f["pixel_mm"] = np.full(4 * subjects, 1.5, np.float32)
-    return path
-
-
-TOY = TrainingConfig(images=40, crops=(16, 24), batches=(4, 2), shares=(0.5, 0.5), warmup=8, ema=10, rate=1e-2)
-
-
-def test_training_resumes_exactly(tmp_path: Path) -> None:
-    slices = read_slices([slices_file(tmp_path / "a.h5")])
-    device = torch.device("cpu")
-    *_, whole = train(start(TOY, SMALL), slices, TOY, INFO, device, None)
-    part = next(itertools.islice(train(start(TOY, SMALL), slices, TOY, INFO, device, None), 4, None))
-    torch.save(pack(part), tmp_path / "state.pt")
-    resumed = unpack(torch.load(tmp_path / "state.pt", weights_only=True), TOY, SMALL)
-    *_, end = train(resumed, slices, TOY, INFO, device, None)
-    assert end.step == whole.step and end.seen == whole.seen >= 40
-    for a, b in zip(end.average.parameters(), whole.average.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_training_draws_by_subject_in_prior_units(tmp_path: Path) -> None:
-    path = tmp_path / "a.h5"
-    with h5py.File(path, "w") as f:  # one subject of 30 slices at 500 HU, one of a single slice at -500
-        f["slices"] = np.concatenate([np.full((30, 16, 16), 500), np.full((1, 16, 16), -500)]).astype(np.int16)
-        f["subject"] = [b"many"] * 30 + [b"one"]
-        f["pixel_mm"] = np.ones(31, np.float32)
-    config = TrainingConfig(images=1, crops=(8,), batches=(200,), shares=(1.0,))
-    x = draw_batch(read_slices([path]), config, INFO, step=0)
-    assert set(x.unique().tolist()) == {0.5, -0.5}
-    assert 0.35 < float((x[:, 0, 0, 0] < 0).float().mean()) < 0.65
-    assert torch.equal(x, draw_batch(read_slices([path]), config, INFO, step=0))
-
-
-def test_learning_rate_rises_stays_and_falls() -> None:
-    config = TrainingConfig(images=1000, warmup=100, decay=0.5, rate=1.0, final=0.1)
-    rates = [learning_rate(config, k) for k in (0, 99, 300, 499, 750, 999)]
-    assert rates == pytest.approx([0.01, 1.0, 1.0, 1.0, 0.5, 0.1], abs=0.01)
-
-
-def test_training_input_is_checked(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "bad.h5", "w") as f:
-        f["slices"] = np.zeros((2, 4, 4))
-    with pytest.raises(ValueError, match="has no data set 'subject'"):
-        read_slices([tmp_path / "bad.h5"])
-    with pytest.raises(ValueError, match="no training files"):
-        read_slices([])
-    with pytest.raises(ValueError, match="must be equally long"):
-        TrainingConfig(crops=(8,), batches=(1, 2))
-    with pytest.raises(ValueError, match="multiples of norm_groups"):
-        UNetConfig(channels=(10, 16, 16, 16))

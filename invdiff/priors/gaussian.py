@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,10 @@ class GaussianPrior:
             # One product a slice, on a copy (BLAS rounds by alignment): a slice does not depend on its batch
             shrunk = torch.stack([v @ (g * (v.T @ row.clone())) for g, row in zip(gain, centred, strict=True)])
         return self.mean.to(x) + shrunk.view_as(x)
+
+    def log_density(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """ln N(x; m, C + sigma^2 I) of each slice: x (s c h w), sigma () or (s) -> (s)."""
+        centred = (x - self.mean.to(x)).flatten(1)
+        along = centred if self.vectors is None else centred @ self.vectors.to(x)
+        total = self.variances.to(x) + sigma.to(x).expand(x.shape[0])[:, None].square()
+        return -0.5 * (along.square() / total + total.log() + math.log(2 * math.pi)).sum(1)

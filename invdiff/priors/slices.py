@@ -49,7 +49,7 @@ class Slices:
         source: the file of each slice, for messages.
     """
 
-    images: Sequence[NDArray[Any]]
+    images: Sequence[NDArray[Any]] | NDArray[Any]
     subject: NDArray[np.int64]
     pixel_mm: NDArray[np.float32]
     group: NDArray[np.int64] | None = None
@@ -100,35 +100,37 @@ def read_slices(paths: Sequence[Path], groups: Sequence[str] = (), scale: float 
         ValueError: no file, one that is no HDF5, a missing data set, data sets of different lengths, or slices of
             different sizes.
     """
-    import h5py
-
     if not paths:
         raise ValueError("no training files were given")
-    images, subject, pixel, group, source = [], [], [], [], []
-    for path in paths:
-        try:
-            with h5py.File(path) as f:
-                missing = [name for name in ("slices", "subject", "pixel_mm", *groups) if name not in f]
-                if missing:
-                    raise ValueError(f"{path} has no data set {missing[0]!r}; it has: {', '.join(f)}")
-                named = {name: f[name][:] for name in ("slices", "subject", "pixel_mm", *groups)}
-        except OSError as error:
-            raise ValueError(f"{path} is not an HDF5 file that can be read ({type(error).__name__})") from error
-        lengths = {name: len(value) for name, value in named.items()}
-        if len(set(lengths.values())) > 1 or named["slices"].ndim != 3:
-            raise ValueError(f"{path}: slices is {named['slices'].shape}, lengths are {lengths}; (n h w) and n are wanted")
-        images.append(named["slices"])
-        subject.append(named["subject"].astype("S"))
-        pixel.append(named["pixel_mm"])
-        group += [b"/".join(np.array(row, "S")) for row in zip(*(named[g] for g in groups), strict=True)] or [
-            b""
-        ] * len(images[-1])
-        source += [path.name] * len(images[-1])
-    if len({a.shape[1:] for a in images}) > 1:
-        raise ValueError(f"slices differ in size: {sorted({a.shape[1:] for a in images})}")
-    _, index = np.unique(np.concatenate(subject), return_inverse=True)
-    _, kind = np.unique(group, return_inverse=True)
-    return Slices(np.concatenate(images), index, np.concatenate(pixel), kind, scale, source)  # type: ignore[arg-type]
+    files = [_read_file(path, ("slices", "subject", "pixel_mm", *groups)) for path in paths]
+    if len({f["slices"].shape[1:] for f in files}) > 1:
+        raise ValueError(f"slices differ in size: {sorted({f['slices'].shape[1:] for f in files})}")
+    images, pixel = (np.concatenate([f[name] for f in files]) for name in ("slices", "pixel_mm"))
+    _, subject = np.unique(np.concatenate([f["subject"].astype("S") for f in files]), return_inverse=True)
+    group = np.zeros(len(images), np.int64)
+    for name in groups:  # each further data set splits the groups so far
+        _, number = np.unique(np.concatenate([f[name].astype("S") for f in files]), return_inverse=True)
+        _, group = np.unique(group * (number.max() + 1) + number, return_inverse=True)
+    source = [path.name for path, f in zip(paths, files, strict=True) for _ in f["slices"]]
+    return Slices(images, subject, pixel, group, scale, source)
+
+
+def _read_file(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    import h5py
+
+    try:
+        with h5py.File(path) as f:
+            missing = [name for name in names if name not in f]
+            if missing:
+                raise ValueError(f"{path} has no data set {missing[0]!r}; it has: {', '.join(f)}")
+            found = {name: f[name][:] for name in names}
+    except OSError as error:
+        raise ValueError(f"{path} is not an HDF5 file that can be read ({type(error).__name__})") from error
+    lengths = {name: len(value) for name, value in found.items()}
+    if len(set(lengths.values())) > 1 or found["slices"].ndim != 3:
+        shape = found["slices"].shape
+        raise ValueError(f"{path}: slices is {shape}, the lengths are {lengths}; (n h w) and n are wanted")
+    return found
 
 
 def checked(slices: Slices, info: PriorInfo) -> Slices:
@@ -142,6 +144,8 @@ def checked(slices: Slices, info: PriorInfo) -> Slices:
     varied = np.array([np.ptp(image) > 0 for image in slices.images])
     for name in np.unique(source):
         ours = np.flatnonzero(source == name)
+        if not all(np.isfinite(slices.images[k]).all() for k in ours):
+            raise ValueError(f"{name} holds NaN or infinite values; finite ones are wanted")
         if not varied[ours].any():
             raise ValueError(f"{name}: all of its {len(ours)} slices are constant; images are wanted")
         _check_values(str(name), slices, ours[varied[ours]], info)
@@ -154,8 +158,6 @@ def _check_values(name: str, slices: Slices, index: NDArray[np.int64], info: Pri
     """Refuse a file whose values cannot be in the prior's unit."""
     some = index[:: max(1, len(index) // 32)]  # a look at about 32 slices is enough
     values = slices.scale * np.concatenate([np.asarray(slices.images[k], np.float32).ravel() for k in some])
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or infinite values; finite ones are wanted")
     low, high = np.percentile(values, EXTREMES)
     share = (high - low) / (info.high - info.low)
     outside = max(info.low - low, high - info.high) / (info.high - info.low)
@@ -185,7 +187,7 @@ def batch_of(config: Drawing, step: int) -> tuple[int, int]:
 
 
 def draw_crop(slices: Slices, config: Drawing, info: PriorInfo, step: int, item: int) -> Tensor:
-    """One crop of a step, (1 size size) in prior units: a group at random, then a subject of it, then one of its slices.
+    """One crop of a step, (1 size size) in prior units: a group at random, a subject of it, one of its slices.
 
     Keyed by (seed, step, item): crops can be drawn in any order, by any process.
     """

@@ -245,7 +245,7 @@ def _follow(average: nn.Module, network: nn.Module, keep: float) -> None:
 
 @torch.no_grad()
 def validate(prior: Prior, slices: Slices, info: PriorInfo, device: torch.device) -> dict[float, float]:
-    """The EDM loss at each of ``SIGMAS`` over about ``VALIDATED`` slices, evenly spread; the noise is always the same."""
+    """The EDM loss at each of ``SIGMAS`` over about ``VALIDATED`` slices; the noise is always the same."""
     index = np.unique(np.linspace(0, len(slices.images) - 1, VALIDATED).round().astype(int))
     losses: dict[float, list[float]] = {sigma: [] for sigma in SIGMAS}
     for k in index:
