@@ -1,70 +1,126 @@
-"""Denoising PSNR of a CT prior beside tuned TV and wavelet denoisers, on slices it was not trained on.
+"""Denoising PSNR of priors beside tuned wavelet, TV and non-local-means denoisers, on slices they were not trained on.
 
-python benchmarks/denoising.py --data FOLDER [--prior ct] [--card MODEL_CARD.md]
+python benchmarks/denoising.py --data FOLDER [--prior ct] [--contrasts NAME=PATTERN ...] [--card MODEL_CARD.md]
 
-FOLDER holds DICOM series of CT, one a sub-folder. Slices of 512 x 512 are averaged 2 x 2. TV (Chambolle) and wavelet
-(BayesShrink's soft threshold on db2, sigma scaled) have their one parameter tuned at every noise level on these very
-slices, which favours them.
+Below FOLDER lie NIfTI files and folders of DICOM. Each contrast is the volumes whose path below FOLDER matches its
+pattern (fnmatch), all of them one contrast by default. CT of 512 x 512 is averaged 2 x 2, MR is scaled so that the
+99.9 % quantile of a volume's non-zero voxels is 1. TV (Chambolle), wavelet (BayesShrink's soft threshold on db2, sigma
+scaled) and non-local means have their one parameter tuned at every noise level on these very slices, which favours
+them.
 """
 
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from skimage.restoration import denoise_tv_chambolle, denoise_wavelet
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
 
-from invdiff.datasets import block_mean, read_volume
+from invdiff.datasets import Volume, block_mean, read_volume
 from invdiff.noise import KeyedNoise
-from invdiff.priors import load
+from invdiff.priors import PriorInfo, load
 from invdiff.priors.model import fast_dtype
 
 FLOOR_HU = -1024.0
-SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5)
+QUANTILE = 0.999  # of an MR volume's non-zero voxels, which is 1 in the prior's unit
+FINE_SIZE = 512  # pixels; slices of this size are averaged 2 x 2
+SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 PEAK = 2.0  # prior units, [-1, 1]
-SLICES = 6  # of each series, evenly spread
-TV_WEIGHTS = (0.3, 0.5, 0.7, 0.9, 1.2, 1.6)  # times sigma
-WAVELET_SCALES = (0.5, 0.7, 0.85, 1.0, 1.3)  # times sigma
+SLICES = 6  # of each volume, evenly spread over the middle
+MIDDLE = (0.2, 0.8)  # share of the volume that they come from
+GRIDS = {  # of each denoiser's parameter, times sigma
+    "wavelet": (0.5, 0.7, 0.85, 1.0, 1.3),
+    "TV": (0.3, 0.5, 0.7, 0.9, 1.2, 1.6),
+    "NLM": (0.4, 0.6, 0.8, 1.0),
+}
 MARKS = ("<!-- denoising -->", "<!-- /denoising -->")
 
-Denoiser = Callable[[NDArray[np.float32], float], NDArray[np.float32]]
+Images = list[NDArray[np.float32]]
 
 
-def psnr(image: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
+def psnr(images: Images, truth: Images) -> float:
     """Mean over slices, dB, peak 2."""
-    error = np.mean((image - truth) ** 2, axis=(1, 2))
-    return float(np.mean(10 * np.log10(PEAK**2 / error)))
+    errors = [np.mean((a - b) ** 2) for a, b in zip(images, truth, strict=True)]
+    return float(np.mean([10 * np.log10(PEAK**2 / e) for e in errors]))
 
 
-def slices(folder: Path, low: float, high: float) -> dict[str, NDArray[np.float32]]:
-    """Series name to slices (n h w) in prior units."""
-    found = {}
-    for series in sorted(p for p in folder.iterdir() if p.is_dir()):
-        volume = read_volume(series)
-        # Below air lies only padding outside the scanner's field of view, -3024 HU in some; training slices had it cut
-        volume = block_mean(replace(volume, data=volume.data.clamp_min(FLOOR_HU)), 2)
-        index = np.linspace(0, len(volume.data) - 1, SLICES).round().astype(int)
-        found[series.name] = ((volume.data[index, 0].numpy() - (high + low) / 2) / ((high - low) / 2)).astype(
-            np.float32
-        )
-    return found
+def volumes(folder: Path) -> dict[str, Path]:
+    """Path below the folder to every NIfTI file and every folder of DICOM."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    found = [p for p in files if p.name.endswith((".nii", ".nii.gz"))] + sorted(
+        {p.parent for p in files if p.suffix == ".dcm"}
+    )
+    return {str(p.relative_to(folder)): p for p in found}
 
 
-def tuned(name: str, noisy: NDArray[np.float32], truth: NDArray[np.float32], sigma: float) -> float:
+def in_unit(volume: Volume, info: PriorInfo) -> Volume:
+    """HU floored at air's padding, MR by its quantile; large slices averaged 2 x 2."""
+    data = volume.data.clamp_min(FLOOR_HU) if info.unit == "HU" else volume.data
+    if info.unit != "HU":
+        data = data / float(np.quantile(data[data != 0].numpy(), QUANTILE))
+    volume = replace(volume, data=data)
+    return block_mean(volume, 2) if data.shape[-1] == FINE_SIZE else volume
+
+
+def slices(path: Path, info: PriorInfo) -> Images:
+    """Evenly spread slices in prior units."""
+    volume = in_unit(read_volume(path), info)
+    count = len(volume.data)
+    index = np.linspace(MIDDLE[0] * (count - 1), MIDDLE[1] * (count - 1), SLICES).round().astype(int)
+    scaled = (volume.data[index, 0].numpy() - (info.high + info.low) / 2) / ((info.high - info.low) / 2)
+    return list(scaled.astype(np.float32))
+
+
+def classical(name: str) -> Callable[[NDArray[np.float32], float, float], NDArray[np.float32]]:
+    """A denoiser of (image, its parameter, sigma)."""
+    if name == "TV":
+        return lambda image, weight, _: denoise_tv_chambolle(image, weight=weight, max_num_iter=100)
+    if name == "wavelet":
+        return lambda image, level, _: denoise_wavelet(image, sigma=level, wavelet="db2", rescale_sigma=True)
+    return lambda image, h, sigma: denoise_nl_means(
+        image, patch_size=5, patch_distance=6, h=h, sigma=sigma, fast_mode=True
+    )
+
+
+def tuned(name: str, noisy: Images, truth: Images, sigma: float) -> float:
     """The best PSNR over the grid of the denoiser's parameter."""
-    grid = TV_WEIGHTS if name == "TV" else WAVELET_SCALES
+    denoise = classical(name)
+    return max(psnr([denoise(image, value * sigma, sigma) for image in noisy], truth) for value in GRIDS[name])
 
-    def one(image: NDArray[np.float32], value: float) -> NDArray[np.float32]:
-        if name == "TV":
-            return denoise_tv_chambolle(image, weight=value * sigma, max_num_iter=100)
-        return denoise_wavelet(image, sigma=value * sigma, wavelet="db2", rescale_sigma=True)
 
-    return max(psnr(np.stack([one(image, value) for image in noisy]), truth) for value in grid)
+def table(prior_name: str, sets: dict[str, Images]) -> str:
+    """Markdown: a row a contrast and noise level."""
+    prior = load(prior_name).to("cpu", fast_dtype("cpu"))
+    lines = [
+        "| contrast | sigma, prior units | noisy | "
+        + " | ".join(f"{n}, tuned" for n in GRIDS)
+        + " | prior | over the best other |",
+        "|---" * (5 + len(GRIDS)) + "|",
+    ]
+    for contrast, truth in sets.items():
+        for sigma in SIGMAS:
+            noisy = []
+            for number, image in enumerate(truth):
+                clean = torch.from_numpy(image)[None, None]
+                noisy.append((clean + sigma * KeyedNoise(7, first=number)(0, clean))[0, 0].numpy())
+            with torch.no_grad():
+                ours = [
+                    prior.denoise(torch.from_numpy(a)[None, None], torch.tensor(sigma))[0, 0].numpy() for a in noisy
+                ]
+            others = [tuned(name, noisy, truth, sigma) for name in GRIDS]
+            mine = psnr(ours, truth)
+            cells = [psnr(noisy, truth), *others, mine]
+            shown = " | ".join(f"{v:.2f}" for v in cells)
+            lines.append(f"| {contrast} | {sigma} | {shown} | {mine - max(others):+.2f} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -72,33 +128,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--prior", default="ct")
+    parser.add_argument("--contrasts", nargs="+", default=["all=*"], help="NAME=PATTERN")
     parser.add_argument("--card", type=Path)
     options = parser.parse_args()
-    prior = load(options.prior)
-    info = prior.info
-    prior = prior.to("cpu", fast_dtype("cpu"))
-    sets = slices(options.data, info.low, info.high)
-    lines = [
-        "| sigma, prior units | HU | noisy | wavelet, tuned | TV, tuned | prior | prior over the best other |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    truth = np.concatenate(list(sets.values()))
-    clean = torch.from_numpy(truth)[:, None]
-    for sigma in SIGMAS:
-        noisy = clean + sigma * KeyedNoise(7)(0, clean)
-        with torch.no_grad():
-            ours = torch.cat([prior.denoise(part, torch.tensor(sigma)) for part in noisy.split(6)])[:, 0].numpy()
-        array = noisy[:, 0].numpy()
-        wavelet, tv = (tuned(name, array, truth, sigma) for name in ("wavelet", "TV"))
-        mine = psnr(ours, truth)
-        lines.append(
-            f"| {sigma} | {sigma * (info.high - info.low) / 2:.0f} | {psnr(array, truth):.2f} "
-            f"| {wavelet:.2f} | {tv:.2f} | {mine:.2f} | {mine - max(wavelet, tv):+.2f} |"
+    warnings.filterwarnings("ignore", category=UserWarning, module="skimage")
+    info, known = load(options.prior).info, volumes(options.data)
+    sets: dict[str, Images] = {}
+    notes = []
+    for contrast in options.contrasts:
+        name, _, pattern = contrast.partition("=")
+        paths = [path for key, path in known.items() if fnmatch(key, pattern)]
+        if not paths:
+            parser.error(f"no volume below {options.data} matches {pattern!r}; there are: {', '.join(known)}")
+        sets[name] = [image for path in paths for image in slices(path, info)]
+        sizes = sorted({f"{a.shape[0]} x {a.shape[1]}" for a in sets[name]})
+        notes.append(
+            f"{name}: {len(sets[name])} slices of {', '.join(sizes)} pixels ({', '.join(p.name for p in paths)})"
         )
-    lines.append(
-        f"\n{len(truth)} slices of {len(sets)} series ({', '.join(sets)}), 256 x 256; PSNR in dB, peak 2 prior units."
-    )
-    text = "\n".join(lines)
+    text = f"{table(options.prior, sets)}\n\nPSNR in dB, peak 2 prior units. {'; '.join(notes)}."
     print(text)
     if options.card:
         card = options.card.read_text()
