@@ -7,21 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from pydicom.data import get_testdata_file
+from rich.console import Console
 
 from invdiff.datasets import block_mean, read_volume
 from invdiff.metrics import compare
 from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
 from invdiff.pipelines.simulate import Simulation, simulate
-from invdiff.priors import NoPrior, PriorInfo
+from invdiff.pipelines.train import run
+from invdiff.pipelines.training_data import DataConfig, read_training
+from invdiff.priors import NoPrior, PriorInfo, load
 from invdiff.priors.launch import Alone
 from invdiff.priors.network import UNetConfig
 from invdiff.priors.slices import Slices
-from invdiff.priors.training import TrainingConfig, start, train
+from invdiff.priors.training import TrainingConfig, start, train, validate
 from invdiff.reconstruction import reconstruct
 from invdiff.samplers import DDS, FBP, TV, REDDiff
 
 pytestmark = pytest.mark.slow
-VAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "val" / "ct"
+ROOT = Path(__file__).resolve().parent.parent
+VAL = ROOT.parent / "shared" / "data" / "val" / "ct"
+MR = VAL.parent / "mr"
 
 
 def test_a_real_head_from_30_views_beats_tv() -> None:
@@ -63,3 +68,22 @@ def test_training_learns_to_denoise() -> None:
     sizes = UNetConfig(channels=(16, 32), blocks=(1, 1), norm_groups=8)
     losses = [s.loss for s in train(start(config, sizes), slices, config, info, Alone(), None)]
     assert sum(losses[-20:]) < 0.1 * sum(losses[:20])
+
+
+@pytest.mark.skipif(not MR.is_dir(), reason="the validation scans are not beside this checkout (../shared/data/val/mr)")
+def test_fine_tuning_on_one_date_helps_at_another(tmp_path: Path) -> None:
+    """Three scans of one patient, then the same patient's other date: every noise level's loss falls."""
+    (tmp_path / "data").mkdir()
+    for name in ("T1W", "T2W", "FLAIR"):
+        (tmp_path / "data" / f"{name}.nii.gz").symlink_to(MR / "ljubljana_ms_patient01" / f"study1_{name}.nii.gz")
+    config = tmp_path / "tune.toml"
+    text = (ROOT / "examples" / "fine-tune.toml").read_text()
+    config.write_text(text.replace("patience = 3", "held_out = 0.0"))
+    run(config, tmp_path / "data", tmp_path / "run", False, Console(quiet=True))
+    before, after = load("brain-mr"), load(tmp_path / "run" / "prior")
+    data = DataConfig(files="study2_*.nii.gz")
+    other = read_training(MR / "ljubljana_ms_patient01", data, before.info.unit)
+    losses = [validate(prior, other, before.info, torch.device("cpu")) for prior in (before, after)]
+    gains = {sigma: 1 - losses[1][sigma] / losses[0][sigma] for sigma in losses[0]}
+    assert min(gains.values()) > 0, gains
+    assert sum(gains.values()) / len(gains) > 0.03, gains
