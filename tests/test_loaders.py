@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
 def test_own_folders_are_checked(tmp_path: Path) -> None:
     info = PriorInfo("toy", "HU", -1000.0, 1000.0, 0.01, 50.0, 0.5, (1.0, 2.0))
     save(tmp_path / "p", UNet(UNetConfig(unshuffle=2, channels=(8, 16), blocks=(1, 1), norm_groups=4)), info)
+    with pytest.raises(ValueError, match="has the parameterisation 'eps'; 'edm' is wanted"):
+        save(tmp_path / "q", UNet(UNetConfig()), replace(info, parameterisation="eps"))
     with pytest.raises(ValueError, match="states its own unit and range"):
         load(tmp_path / "p", BODY)
     with pytest.raises(ValueError, match="'ct' states its own unit and range"):
@@ -432,6 +435,19 @@ def test_reconstruction_with_a_foreign_prior_and_ill_fits(tmp_path: Path) -> Non
     two = Rows((2, 2, 10, 9), "HU")
     with pytest.raises(ValueError, match="operator has 2 channels; the prior has 1"):
         prepare(two.forward(torch.zeros(2, 2, 10, 9)), two, prior, 1.0)
+
+
+def test_the_examples_of_the_docs_work(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.split("<!-- example -->\n```python\n")[1].split("```")[0], names)
+    assert names["denoised"].shape == (2, 1, 50, 61) and names["prior"].info.unit == "HU"
+    toml = "[prior]" + text.split("```toml\n[prior]")[1].split("```")[0]
+    (tmp_path / "invdiff.toml").write_text(toml)
+    table = tomllib.loads(toml)["network"]
+    arguments = {k: v for k, v in table.items() if k not in ("weights", "kind")}
+    torch.save(filled(DiffusionModelUNet(**arguments)).state_dict(), tmp_path / table["weights"])
+    assert load(tmp_path).data_range == (0, 1)
 
 
 # diffusers

@@ -131,9 +131,13 @@ def save(folder: Path, network: UNet, info: PriorInfo, extra: dict[str, Any] | N
         network: the network; its weights are stored as float16: half the file, a smaller error than bf16 arithmetic's.
         info: what it was trained on.
         extra: more keys for config.json, such as training figures.
+
+    Raises:
+        ValueError: another parameterisation than EDM, which ``load`` would not read.
     """
     from safetensors.torch import save_file
 
+    _refuse_other_than_edm(info, folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().half().cpu().contiguous() for name, value in network.state_dict().items()}
     weights = folder / WEIGHTS_FILE
@@ -211,11 +215,15 @@ def _own(folder: Path) -> NetworkPrior:
     if sha256 != document["sha256"]:
         raise ValueError(f"{weights} has sha256 {sha256[:12]}..., {CONFIG_FILE} names {document['sha256'][:12]}...")
     info = PriorInfo(**document["prior"])
-    if info.parameterisation != "edm":
-        raise ValueError(f"{folder} states the parameterisation {info.parameterisation!r}; 'edm' is wanted here")
+    _refuse_other_than_edm(info, folder)
     network = UNet(UNetConfig(**document["network"]))
     load_weights(network, state_dict_of(weights), weights)  # copied into float32 parameters
     return NetworkPrior(network.eval().requires_grad_(False), info, None, sha256)
+
+
+def _refuse_other_than_edm(info: PriorInfo, folder: Path) -> None:
+    if info.parameterisation != "edm":
+        raise ValueError(f"the prior of {folder} has the parameterisation {info.parameterisation!r}; 'edm' is wanted")
 
 
 def ct() -> NetworkPrior:
