@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from invdiff.priors.parameterisation import denoise, unbounded
+
 
 def edm_denoise(network: nn.Module, x: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4).
@@ -18,11 +20,7 @@ def edm_denoise(network: nn.Module, x: Tensor, sigma: Tensor, sigma_data: float)
     Returns:
         The denoised image (s c h w), float32.
     """
-    s = sigma.to(x).expand(x.shape[0])
-    v = s[:, None, None, None]
-    total = (v.square() + sigma_data**2).sqrt()
-    raw = network(x / total, s.log() / 4).to(x.dtype)
-    return x * (sigma_data / total).square() + raw * (v * sigma_data / total)
+    return denoise(network, unbounded(sigma_data), x, sigma)
 
 
 def edm_loss(denoised: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:

@@ -46,7 +46,13 @@ class UNetConfig:
         return int(self.unshuffle * 2 ** (len(self.channels) - 1))
 
 
-class _FullPrecision(nn.Module):
+def padded(x: Tensor, stride: int) -> Tensor:
+    """x (s c h w) with its last row and column repeated, to a height and width that ``stride`` divides."""
+    h, w = x.shape[-2:]
+    return F.pad(x, (0, -w % stride, 0, -h % stride), mode="replicate")
+
+
+class FullPrecision(nn.Module):
     """Runs a layer in float32 under autocast: bf16 would round away the noise of small sigmas at the input."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -69,6 +75,7 @@ class UNet(nn.Module):
         from monai.networks.nets import DiffusionModelUNet
 
         self.config = config
+        self.channels = config.image_channels
         features = config.image_channels * config.unshuffle**2
         self.unet = DiffusionModelUNet(
             spatial_dims=2,
@@ -81,11 +88,10 @@ class UNet(nn.Module):
             num_head_channels=math.gcd(HEAD_CHANNELS, config.channels[-1]),
             use_flash_attention=True,
         )
-        self.unet.conv_in = _FullPrecision(self.unet.conv_in)
+        self.unet.conv_in = FullPrecision(self.unet.conv_in)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        stride = self.config.stride
-        padded = F.pad(x, (0, -w % stride, 0, -h % stride), mode="replicate")
-        features: Any = self.unet(F.pixel_unshuffle(padded, self.config.unshuffle), label * NOISE_LABEL_SCALE)
+        whole = padded(x, self.config.stride)
+        features: Any = self.unet(F.pixel_unshuffle(whole, self.config.unshuffle), label * NOISE_LABEL_SCALE)
         return F.pixel_shuffle(features, self.config.unshuffle)[..., :h, :w]
