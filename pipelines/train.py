@@ -26,7 +26,7 @@ from invdiff.pipelines.training_report import plot, sheet
 from invdiff.priors import load
 from invdiff.priors.launch import Launcher, launched
 from invdiff.priors.model import NetworkPrior, PriorInfo, save
-from invdiff.priors.network import UNetConfig
+from invdiff.priors.network import UNet, UNetConfig
 from invdiff.priors.slices import Slices, checked, split
 from invdiff.priors.training import TrainingConfig, TrainingState, pack, start, train, unpack, validate
 
@@ -75,25 +75,39 @@ def plan_of(config_file: Path) -> Plan:
     wrong = [table for table in document if table not in TABLES]
     if wrong:
         raise ValueError(f"{config_file} has a table {wrong[0]!r}; there are: {', '.join(TABLES)}")
-    sizes, first = document.get("network", {}), None
-    if "start" in document:
-        if list(document["start"]) != ["prior"]:
-            raise ValueError(f"start is {document['start']}; start.prior, the name or folder of a prior, is wanted")
-        first = load(document["start"]["prior"])
-        sizes = {**asdict(first.network.config), **sizes}
-        if build(UNetConfig, sizes, "network") != first.network.config:
-            raise ValueError(f"the network is {document['network']}, that of the prior to start from is another")
-        for key, value in document.get("prior", {}).items():
-            old = getattr(first.info, key, value)
-            if key not in RENAMED and value != old:
-                raise ValueError(f"prior.{key} is {value!r}, that of the prior to start from is {old!r}")
-    return Plan(
+    first = _first_prior(document)
+    sizes = {**({} if first is None else asdict(first.network.config)), **document.get("network", {})}
+    plan = Plan(
         build(UNetConfig, sizes, "network"),
         build(TrainingConfig, document.get("training", {}), "training"),
         build(DataConfig, document.get("data", {}), "data"),
         document.get("prior", {}),
         first,
     )
+    if first is not None and plan.network != first.network.config:
+        raise ValueError(f"the network is {document['network']}, that of the prior to start from is another")
+    if plan.network.image_channels != 1:
+        raise ValueError(f"network.image_channels is {plan.network.image_channels}; slices have 1")
+    if plan.prior.get("parameterisation", "edm") != "edm":
+        raise ValueError(f"prior.parameterisation is {plan.prior['parameterisation']!r}; training is in 'edm'")
+    return plan
+
+
+def _first_prior(document: dict[str, Any]) -> NetworkPrior | None:
+    """The prior that ``start.prior`` names."""
+    if "start" not in document:
+        return None
+    if list(document["start"]) != ["prior"]:
+        raise ValueError(f"start is {document['start']}; start.prior, the name or folder of a prior, is wanted")
+    name = document["start"]["prior"]
+    first = load(name)
+    if not isinstance(first.network, UNet):
+        raise ValueError(f"{name!r} is a foreign network; a prior that invdiff train made is wanted")
+    for key, value in document.get("prior", {}).items():
+        old = getattr(first.info, key, value)
+        if key not in RENAMED and value != old:
+            raise ValueError(f"prior.{key} is {value!r}, that of the prior to start from is {old!r}")
+    return first
 
 
 def run(

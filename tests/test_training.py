@@ -335,6 +335,8 @@ def test_dicom_series_are_read(tmp_path: Path) -> None:
         ("disk full at the first checkpoint", "state.pt cannot be written: No space left on device"),
         ("wrong table", "has a table 'netwrok'; there are: data, prior, network, training, start"),
         ("wrong field", "network has no field 'layers'; its fields are:"),
+        ("colour", "network.image_channels is 3; slices have 1"),
+        ("other parameterisation", "prior.parameterisation is 'eps'; training is in 'edm'"),
         ("no toml", "cannot be read as TOML"),
         ("no unit", "lacks prior.unit; HU or a.u. is wanted"),
         ("wrong dtype", "dtype 'float8'; one of auto, float32, bfloat16, float16 is wanted"),
@@ -383,6 +385,10 @@ def test_bad_input_gets_one_sentence(
         config.write_text(TOML.replace("[network]", "[netwrok]"))
     elif case == "wrong field":
         config.write_text(TOML.replace("[network]", "[network]\nlayers = 3"))
+    elif case == "colour":
+        config.write_text(TOML.replace("[network]", "[network]\nimage_channels = 3"))
+    elif case == "other parameterisation":
+        config.write_text(TOML.replace("[prior]", "[prior]\nparameterisation = 'eps'"))
     elif case == "no toml":
         config.write_text("images: 3")
     elif case == "no unit":

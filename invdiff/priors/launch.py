@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol, TypeVar
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Launcher(Protocol):
@@ -87,8 +85,8 @@ class Together:
         self._fabric.backward(loss)
 
     def total(self, value: Tensor) -> Tensor:
-        summed: Tensor = self._fabric.all_reduce(value, reduce_op="sum")
-        return summed
+        summed = self._fabric.all_reduce(value, reduce_op="sum")
+        return cast(Tensor, summed)
 
     def wait(self) -> None:
         self._fabric.barrier()

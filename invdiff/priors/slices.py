@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +18,51 @@ from invdiff.priors.model import PriorInfo
 GAMMA = (0.7, 1.4)  # powers between which the grey values of some images are raised
 FEWEST = 8  # slices below which a training would only learn them by heart
 EXTREMES = (0.1, 99.9)  # percentiles between which a file's grey values are taken to lie
+SUM_TOLERANCE = 1e-6  # of shares that sum to 1
 SPAN = (0.02, 4.0)  # that a file's grey values may span, as shares of the prior's range
 
 
-class Drawing(Protocol):
-    """The fields of a training that say how crops are drawn; see ``TrainingConfig``."""
+@dataclass(frozen=True)
+class Drawing:
+    """How crops are drawn.
 
-    seed: int
-    crops: tuple[int, ...]
-    batches: tuple[int, ...]
-    shares: tuple[float, ...]
-    warp: float
-    rotate: float
-    scale: float
-    gamma: float
-    brightness: float
-    group_power: float
+    Args:
+        crops: edge lengths of the square crops; each step draws one.
+        batches: images a step for each of ``crops``.
+        shares: probability of each of ``crops``.
+        warp: share of images that are slightly rotated and scaled (interpolated).
+        rotate: largest rotation of those, in radians.
+        scale: largest relative change of size of those.
+        gamma: share of images whose grey values are raised to a random power, for contrasts that vary (MR).
+        brightness: largest relative change of those images' grey values.
+        group_power: a group of slices is drawn in proportion to its number of subjects to this power: 1 draws every
+            subject alike, 0 every group.
+        seed: of everything random.
+    """
+
+    crops: tuple[int, ...] = (96, 128, 256)
+    batches: tuple[int, ...] = (16, 9, 2)
+    shares: tuple[float, ...] = (0.6, 0.25, 0.15)
+    warp: float = 0.3
+    rotate: float = 0.2
+    scale: float = 0.15
+    gamma: float = 0.0
+    brightness: float = 0.0
+    group_power: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("crops", "batches", "shares"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not len(self.crops) == len(self.batches) == len(self.shares):
+            raise ValueError(
+                f"crops {self.crops}, batches {self.batches} and shares {self.shares} must be equally long"
+            )
+        if min(self.crops) < 1 or min(self.batches) < 1 or abs(sum(self.shares) - 1) > SUM_TOLERANCE:
+            raise ValueError(
+                f"crops {self.crops}, batches {self.batches} and shares {self.shares}: "
+                "at least 1, at least 1 and a sum of 1 are wanted"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +104,11 @@ class Slices:
         index = np.flatnonzero(chosen)
         return replace(
             self,
-            images=self.images[index] if isinstance(self.images, np.ndarray) else [self.images[k] for k in index],
+            images=self.images[index] if isinstance(self.images, np.ndarray) else [self.images[int(k)] for k in index],
             subject=self.subject[index],
             pixel_mm=self.pixel_mm[index],
             group=None if self.group is None else self.group[index],
-            source=[self.source[k] for k in index] if self.source else (),
+            source=[self.source[int(k)] for k in index] if self.source else (),
         )
 
     def in_prior_units(self, index: int, info: PriorInfo) -> Tensor:
@@ -144,7 +173,7 @@ def checked(slices: Slices, info: PriorInfo) -> Slices:
     varied = np.array([np.ptp(image) > 0 for image in slices.images])
     for name in np.unique(source):
         ours = np.flatnonzero(source == name)
-        if not all(np.isfinite(slices.images[k]).all() for k in ours):
+        if not all(np.isfinite(slices.images[int(k)]).all() for k in ours):
             raise ValueError(f"{name} holds NaN or infinite values; finite ones are wanted")
         if not varied[ours].any():
             raise ValueError(f"{name}: all of its {len(ours)} slices are constant; images are wanted")
@@ -157,7 +186,7 @@ def checked(slices: Slices, info: PriorInfo) -> Slices:
 def _check_values(name: str, slices: Slices, index: NDArray[np.int64], info: PriorInfo) -> None:
     """Refuse a file whose values cannot be in the prior's unit."""
     some = index[:: max(1, len(index) // 32)]  # a look at about 32 slices is enough
-    values = slices.scale * np.concatenate([np.asarray(slices.images[k], np.float32).ravel() for k in some])
+    values = slices.scale * np.concatenate([np.asarray(slices.images[int(k)], np.float32).ravel() for k in some])
     low, high = np.percentile(values, EXTREMES)
     share = (high - low) / (info.high - info.low)
     outside = max(info.low - low, high - info.high) / (info.high - info.low)

@@ -9,7 +9,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from invdiff.priors.edm import draw_sigma, edm_denoise, edm_loss
 from invdiff.priors.launch import Launcher
 from invdiff.priors.model import PriorInfo
 from invdiff.priors.network import UNet, UNetConfig
-from invdiff.priors.slices import Slices, batch_of, draw_crop
+from invdiff.priors.slices import Drawing, Slices, batch_of, draw_crop
 from invdiff.protocols import Prior
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 2.0)  # noise levels of the validation, prior units
@@ -28,14 +28,11 @@ VALIDATED = 12  # slices that it looks at
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How a prior is trained.
+class TrainingConfig(Drawing):
+    """How a prior is trained: how its crops are drawn (see ``Drawing``) and the following.
 
     Args:
         images: training images (crops) seen in all.
-        crops: edge lengths of the square crops; each step draws one.
-        batches: images a step for each of ``crops``.
-        shares: probability of each of ``crops``.
         rate: peak learning rate of AdamW.
         warmup: images over which the rate rises.
         decay: share of ``images`` at the end over which the rate falls to ``final`` of its peak.
@@ -45,23 +42,12 @@ class TrainingConfig:
         sigma_center: mean of ln sigma (EDM's P_mean).
         sigma_width: standard deviation of ln sigma (EDM's P_std).
         sigma_uniform: share of sigmas drawn log-uniformly over the prior's whole range.
-        warp: share of images that are slightly rotated and scaled (interpolated).
-        rotate: largest rotation of those, in radians.
-        scale: largest relative change of size of those.
-        gamma: share of images whose grey values are raised to a random power, for contrasts that vary (MR).
-        brightness: largest relative change of those images' grey values.
-        group_power: a group of slices is drawn in proportion to its number of subjects to this power: 1 draws every
-            subject alike, 0 every group.
         every: images between checkpoints, each with a validation.
         held_out: share of the subjects that only the validation sees.
         patience: validations without a better mean loss after which training stops; 0 never stops early.
-        seed: of everything random.
     """
 
     images: int = 150_000
-    crops: tuple[int, ...] = (96, 128, 256)
-    batches: tuple[int, ...] = (16, 9, 2)
-    shares: tuple[float, ...] = (0.6, 0.25, 0.15)
     rate: float = 5e-4
     warmup: int = 3_000
     decay: float = 0.3
@@ -71,26 +57,16 @@ class TrainingConfig:
     sigma_center: float = -1.4
     sigma_width: float = 1.4
     sigma_uniform: float = 0.1
-    warp: float = 0.3
-    rotate: float = 0.2
-    scale: float = 0.15
-    gamma: float = 0.0
-    brightness: float = 0.0
-    group_power: float = 0.5
     every: int = 4_000
     held_out: float = 0.05
     patience: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("crops", "batches", "shares"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not len(self.crops) == len(self.batches) == len(self.shares):
+        super().__post_init__()
+        if self.images < 1 or self.every < 1 or self.warmup < 1:
             raise ValueError(
-                f"crops {self.crops}, batches {self.batches} and shares {self.shares} must be equally long"
+                f"images is {self.images}, every {self.every} and warmup {self.warmup}; at least 1 is wanted"
             )
-        if self.images < 1 or self.every < 1:
-            raise ValueError(f"images is {self.images} and every {self.every}; at least 1 is wanted")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; a share in [0, 1) is wanted")
 
@@ -204,7 +180,7 @@ def train(
     network, average, optimizer = state.network.to(device).train(), state.average.to(device), state.optimizer
     for name, values in optimizer.state.items():  # a resumed state comes from the CPU
         optimizer.state[name] = {k: v.to(device) if torch.is_tensor(v) and v.ndim else v for k, v in values.items()}
-    called = launcher.setup(torch.compile(network) if compiled else network, optimizer)
+    called = launcher.setup(cast(nn.Module, torch.compile(network)) if compiled else network, optimizer)
     step, seen = state.step, state.seen
     parts = DataLoader(
         Steps(slices, config, info, launcher.rank, launcher.world),
