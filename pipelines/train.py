@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def plan_of(config_file: Path) -> Plan:
     if wrong:
         raise ValueError(f"{config_file} has a table {wrong[0]!r}; there are: {', '.join(TABLES)}")
     first = _first_prior(document)
-    sizes = {**({} if first is None else asdict(first.network.config)), **document.get("network", {})}
+    sizes = {**({} if first is None else asdict(cast(UNet, first.network).config)), **document.get("network", {})}
     plan = Plan(
         build(UNetConfig, sizes, "network"),
         build(TrainingConfig, document.get("training", {}), "training"),
