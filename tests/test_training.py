@@ -226,7 +226,7 @@ def test_validation_is_the_same_every_time_and_knows_better_networks(tmp_path: P
     fresh = UNet(SMALL).eval().requires_grad_(False)
     fresh.unet.out[-1].conv.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
     perfect = Perfect()
-    perfect.config = SMALL  # type: ignore[assignment]
+    perfect.channels = 1  # type: ignore[assignment]
     losses = [
         validate(NetworkPrior(network, INFO), slices, INFO, torch.device("cpu"))  # type: ignore[arg-type]
         for network in (perfect, perfect, fresh)

@@ -231,6 +231,11 @@ def ct() -> NetworkPrior:
     return load("ct")
 
 
+def brain_mr() -> NetworkPrior:
+    """The shipped brain MR prior: axial magnitude slices, T1, T2 and FLAIR, with and without skull."""
+    return load("brain-mr")
+
+
 def shipped() -> list[str]:
     """Names of the priors in the package."""
     return sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG_FILE}"))
