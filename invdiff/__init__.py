@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """``invdiff.reconstruct`` and ``invdiff.Result``, imported when first asked for."""
-    if name in ("reconstruct", "Result"):
+    """``invdiff.reconstruct``, ``invdiff.sample`` and ``invdiff.Result``, imported when first asked for."""
+    if name in ("reconstruct", "sample", "Result"):
         from invdiff import reconstruction
 
         return getattr(reconstruction, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,20 @@ def geometric(steps: int, high: float, low: float) -> list[float]:
     if steps == 1:
         return [high, 0.0]
     return [high * (low / high) ** (i / (steps - 1)) for i in range(steps)] + [0.0]
+
+
+GRIDS: dict[str, Callable[[int, float, float], list[float]]] = {"karras": karras, "geometric": geometric}
+
+
+def noise_levels(grid: str, steps: int, high: float, low: float) -> list[float]:
+    """The levels of the grid of that name: steps + 1 values, the last 0.
+
+    Raises:
+        ValueError: no such grid, or levels that are none.
+    """
+    if grid not in GRIDS:
+        raise ValueError(f"no noise grid {grid!r}; one of {', '.join(GRIDS)} is wanted")
+    return GRIDS[grid](steps, high, low)
 
 
 def _check(steps: int, high: float, low: float) -> None:

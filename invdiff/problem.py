@@ -111,6 +111,53 @@ class PriorUnits:
         return self.affine.scale * self.operator.vjp(self.affine(x), r)
 
 
+@dataclass(frozen=True)
+class Nothing:
+    """The operator that measures nothing, for samples of the prior alone: its range is (s 0).
+
+    It has no adjoint on purpose: samplers that need measurements refuse it as they refuse any nonlinear operator.
+
+    Args:
+        domain: of the images (s c h w).
+    """
+
+    domain: Space
+
+    @property
+    def range(self) -> Space:
+        return Space((self.domain.shape[0], 0), self.domain.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :0]
+
+    def vjp(self, x: Tensor, r: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.zeros_like(x)
+
+
+def unconditional(
+    shape: tuple[int, ...], prior: Prior, noise: Noise | None = None, device: torch.device | str = "cpu"
+) -> Prepared:
+    """A Problem without measurements, for samples of the prior, and the way to the prior's unit.
+
+    Args:
+        shape: of the samples, (s c h w).
+        prior: the prior.
+        noise: keyed noise; seed 0 if None.
+        device: where the samples are drawn; the prior must be there.
+
+    Raises:
+        ValueError: a shape that is not (s c h w), or not the prior's channels.
+    """
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"the samples' shape is {tuple(shape)}; (s c h w), each at least 1, is wanted")
+    if shape[1] != prior.channels:
+        raise ValueError(f"the samples' shape {tuple(shape)} has {shape[1]} channels; the prior has {prior.channels}")
+    operator = Nothing(Space(tuple(shape), torch.float32))
+    to_physical, _, unit = prior_to_operator(prior, operator)
+    y = torch.zeros(operator.range.shape, device=device)
+    return Prepared(Problem(operator, y, 0.0, prior, KeyedNoise() if noise is None else noise), to_physical, unit, 1.0)
+
+
 def prior_to_operator(prior: Prior, operator: Operator, mu_water: float = MU_WATER) -> tuple[Affine, Affine, str]:
     """(prior units to the prior's physical unit, prior units to the operator's unit, the prior's unit).
 

@@ -1,4 +1,4 @@
-"""``invdiff.reconstruct``: the whole way from measurements to an image in the prior's unit."""
+"""``invdiff.reconstruct`` and ``invdiff.sample``: the whole way to images in the prior's unit."""
 
 from __future__ import annotations
 
@@ -12,18 +12,34 @@ from torch import Tensor
 from invdiff.noise import KeyedNoise
 from invdiff.priors.model import fast_dtype, load
 from invdiff.priors.wrappers import Chunked
-from invdiff.problem import Prepared, prepare
+from invdiff.problem import Prepared, prepare, unconditional
 from invdiff.protocols import Operator, Prior, Sampler, State
 from invdiff.run import guarded, iterate, last, residual_norms
 from invdiff.samplers.dds import DDS
+from invdiff.samplers.dpmpp import DPMpp2M
+from invdiff.samplers.solver import Solver
 from invdiff.units import MU_WATER
+
+Progress = Callable[[Iterator[Any]], Iterator[Any]]
 
 
 class Result(NamedTuple):
-    """x: the image (s c h w) in the prior's physical unit; record: what was run and how well y is matched."""
+    """x: the images (s c h w) in the prior's physical unit; record: what was run and how well y, if any, is matched."""
 
     x: Tensor
     record: dict[str, Any]
+
+
+def run_record(prepared: Prepared, sampler: Sampler[Any], state: State, seed: int) -> dict[str, Any]:
+    """What was run: sampler and its fields, prior, seed, steps and the images' unit."""
+    info = getattr(prepared.problem.prior, "info", None)
+    return {
+        "sampler": {"kind": type(sampler).__name__, **asdict(sampler)},  # type: ignore[call-overload]
+        "prior": None if info is None else asdict(info),
+        "seed": seed,
+        "steps": state.i,
+        "unit": prepared.unit,
+    }
 
 
 def record_of(prepared: Prepared, sampler: Sampler[Any], state: State, seed: int) -> dict[str, Any]:
@@ -33,17 +49,12 @@ def record_of(prepared: Prepared, sampler: Sampler[Any], state: State, seed: int
     # y may be complex: two real components a measurement, each with deviation sigma_y
     count = problem.y[0].numel() * (2 if problem.y.is_complex() else 1)
     chi2 = (residual.square() / count / problem.sigma_y**2).tolist() if problem.sigma_y > 0 else None
-    info = getattr(problem.prior, "info", None)
     return {
-        "sampler": {"kind": type(sampler).__name__, **asdict(sampler)},  # type: ignore[call-overload]
-        "prior": None if info is None else asdict(info),
-        "seed": seed,
-        "steps": state.i,
+        **run_record(prepared, sampler, state, seed),
         "operator_norm": prepared.norm,
         "sigma_y_normalised": problem.sigma_y,
         "residual": (residual / problem.y.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).tolist(),
         "chi2": chi2,
-        "unit": prepared.unit,
     }
 
 
@@ -56,7 +67,7 @@ def reconstruct(
     seed: int = 0,
     chunk: int | None = None,
     mu_water: float = MU_WATER,
-    progress: Callable[[Iterator[Any]], Iterator[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Reconstruct an image from measurements. Runs where ``y`` is.
 
@@ -82,9 +93,58 @@ def reconstruct(
         invdiff.run.DivergedError: NaN or a residual that grew tenfold.
     """
     chosen = DDS() if sampler is None else sampler
-    used = load(prior).to(y.device, fast_dtype(y.device)) if isinstance(prior, str) else prior
-    used = used if chunk is None else Chunked(used, chunk)
+    used = _prior_on(y.device, prior, chunk)
     prepared = prepare(y, operator, used, sigma_y, KeyedNoise(seed), mu_water)
-    states: Iterator[Any] = guarded(iterate(chosen, prepared.problem), chosen, prepared.problem)
-    state = last(states if progress is None else progress(states))
+    state = _run(prepared, chosen, progress)
     return Result(prepared.to_physical(state.x), record_of(prepared, chosen, state, seed))
+
+
+def sample(
+    prior: str | Prior = "ct",
+    shape: tuple[int, int, int, int] = (4, 1, 256, 256),
+    solver: Solver | None = None,
+    seed: int = 0,
+    chunk: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Result:
+    """Draw images from the prior alone, without measurements.
+
+    A prior given by name is put on ``device``, its network in bfloat16 where that is native. An image depends on the
+    seed and its number among the slices alone: the first of 8 is the first of 4.
+
+    Args:
+        prior: a Prior, or the name or folder of one.
+        shape: (s c h w): s images, the prior's channels.
+        solver: default ``DPMpp2M()``.
+        seed: of all noise.
+        chunk: images denoised at once; all if None.
+        device: where the images are drawn; a Prior that is given must be there.
+        progress: wraps the iterator of states, such as a progress bar.
+
+    Returns:
+        ``x`` in the prior's unit (HU for ``ct``) and ``record``.
+
+    Raises:
+        ValueError: a shape that does not fit the prior, or a sampler that needs measurements.
+        invdiff.run.DivergedError: NaN.
+    """
+    chosen = DPMpp2M() if solver is None else solver
+    if not isinstance(chosen, Solver):
+        raise ValueError(
+            f"{type(chosen).__name__} reconstructs from measurements; a solver without them is wanted, such as DPMpp2M"
+        )
+    prepared = unconditional(tuple(shape), _prior_on(device, prior, chunk), KeyedNoise(seed), device)
+    state = _run(prepared, chosen, progress)
+    record = run_record(prepared, chosen, state, seed)
+    return Result(prepared.to_physical(state.x), {**record, "evaluations": chosen.evaluations})
+
+
+def _prior_on(device: torch.device | str, prior: str | Prior, chunk: int | None) -> Prior:
+    used = load(prior).to(device, fast_dtype(device)) if isinstance(prior, str) else prior
+    return used if chunk is None else Chunked(used, chunk)
+
+
+def _run(prepared: Prepared, sampler: Sampler[Any], progress: Progress | None) -> Any:
+    states: Iterator[Any] = guarded(iterate(sampler, prepared.problem), sampler, prepared.problem)
+    return last(states if progress is None else progress(states))

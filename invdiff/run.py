@@ -62,7 +62,7 @@ def guarded(states: Iterable[S], sampler: Sampler[S], problem: Problem, every: i
         if state.i % every == 0 or state.i == sampler.steps:
             now = residual_norms(problem, state.x)
             where = f"at step {state.i} of {sampler.steps}, sigma {sampler.sigma(state.i):.4g}"
-            if not bool(torch.isfinite(now).all()):
+            if not bool(torch.isfinite(now).all() and torch.isfinite(state.x).all()):
                 raise DivergedError(f"the image became NaN or infinite {where}")
             start = torch.maximum(zero, torch.full_like(zero, torch.finfo(zero.dtype).tiny))
             worst = float((now / start).max())

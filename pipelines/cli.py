@@ -128,6 +128,40 @@ def reconstruct(
 
 
 @app.command()
+def sample(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="table.key=value, such as sampler.sigma_max=40.")
+    ] = None,
+    prior: Annotated[str, typer.Option(help="A shipped prior, or a prior's folder.")] = "ct",
+    solver: Annotated[str, typer.Option(help="ddim, ddpm, heun, dpmpp2m, deis3m, ghvb.")] = "dpmpp2m",
+    steps: Annotated[int | None, typer.Option(help="Of the solver; its default if not given.")] = None,
+    count: Annotated[int, typer.Option(help="Images to draw.")] = 8,
+    size: Annotated[str, typer.Option(help="Pixels: 256, or height x width as 192x256.")] = "256",
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The sheet (.png); its record (.json) beside it.")] = Path(
+        "sheet.png"
+    ),
+    volume: Annotated[Path | None, typer.Option(help="The images as slices of a NIfTI file too.")] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Images denoised at once.")] = None,
+) -> None:
+    """Draw images of a prior alone, without measurements: what it believes in, as a sheet."""
+    from invdiff.pipelines import sample as pipeline
+
+    flags: dict[str, dict[str, Any]] = {
+        "prior": {"name": prior},
+        "sampler": {"kind": solver, "steps": steps},
+        "images": {"count": count, "size": size},
+        "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
+        "output": {"path": str(out), "volume": None if volume is None else str(volume)},
+    }
+    job = pipeline.resolve(flags, overrides or [])
+    record = pipeline.run(job, show_progress)
+    console.print(f"{job.out}: {job.images.count} images, {record['evaluations']} evaluations, {record['seconds']:g} s")
+
+
+@app.command()
 def compare(
     image: Annotated[Path, typer.Argument(help="The reconstruction: NIfTI or DICOM.")],
     volume: Annotated[Path, typer.Argument(help="The volume that it should be, on its own grid or a finer one.")],

@@ -13,6 +13,10 @@ from invdiff.files import whole_file
 from invdiff.metrics import HU_WINDOW
 
 CT_WINDOW = (-160.0, 240.0)  # HU: soft tissue, level 40, width 400
+SHEET_COLUMNS = 8  # images in a row
+SHEET_IMAGE_INCHES = 2.0
+SHEET_LEAST_INCHES = 6.0  # so that the title fits
+SHEET_GAP = 2  # pixels between images
 ERROR_SHARE = 0.5  # the error picture spans this share of the window to either side
 
 
@@ -64,6 +68,42 @@ def panel(
     figure.suptitle(f"{title}  ({stated}; not for diagnosis)".strip(), fontsize=10)
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
+
+
+def sheet(path: Path, images: Tensor, unit: str, views: Mapping[str, tuple[float, float]], title: str = "") -> None:
+    """Write a PNG: all images in rows, once in each of ``views``, the views one below the other.
+
+    Args:
+        path: the PNG.
+        images: (n h w), in ``unit``.
+        unit: of the images.
+        views: name to least and greatest shown value.
+        title: above all.
+    """
+    from matplotlib.figure import Figure
+
+    tiles = _tiled(images.detach().float().cpu().numpy())
+    across = max(SHEET_LEAST_INCHES, SHEET_IMAGE_INCHES * tiles.shape[1] // (images.shape[2] + SHEET_GAP))
+    tall = across * tiles.shape[0] / tiles.shape[1] + 0.3
+    figure = Figure(figsize=(across, tall * len(views) + 0.4), layout="constrained")
+    for axis, (name, (low, high)) in zip(figure.subplots(len(views), squeeze=False).flat, views.items(), strict=True):
+        axis.set_axis_off()
+        axis.imshow(tiles, cmap="gray", vmin=low, vmax=high)
+        axis.set_title(f"{name}: window {low:g} to {high:g} {unit}".rstrip(), fontsize=9)
+    figure.suptitle(f"{title}  (not for diagnosis)".strip(), fontsize=10, wrap=True)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def _tiled(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n h w) as one picture, at most ``SHEET_COLUMNS`` in a row; NaN, which is drawn white, between them."""
+    rows = -(-len(images) // SHEET_COLUMNS)
+    columns = -(-len(images) // rows)
+    padded = np.full((rows * columns, images.shape[1] + SHEET_GAP, images.shape[2] + SHEET_GAP), np.nan, np.float32)
+    padded[: len(images), SHEET_GAP:, SHEET_GAP:] = images
+    h, w = padded.shape[1:]
+    grid: NDArray[np.float32] = padded.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
+    return grid
 
 
 def _rmse(image: NDArray[np.float32], truth: NDArray[np.float32], unit: str) -> float:

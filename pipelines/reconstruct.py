@@ -78,13 +78,14 @@ class Job:
         return {
             "input": {"scan": str(self.scan), "index": self.index},
             "prior": {"name": self.prior},
-            "sampler": {"kind": _kind_of(self.sampler), **asdict(self.sampler)},
+            "sampler": {"kind": kind_of(self.sampler), **asdict(self.sampler)},
             "run": asdict(self.run),
             "output": {"path": str(self.out)},
         }
 
 
-def _kind_of(sampler: Any) -> str:
+def kind_of(sampler: Any) -> str:
+    """The name that the sampler's class is registered by."""
     return next(k for k in registered("samplers") if find("samplers", k) is type(sampler))
 
 
@@ -107,12 +108,7 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
     for table, values in flags.items():
         document[table] = {**document.get(table, {}), **{k: v for k, v in values.items() if v is not None}}
     document = with_overrides(document, overrides)
-    for table, content in document.items():
-        if table not in TABLES:
-            raise ValueError(f"no table {table!r}; there are: {', '.join(TABLES)}")
-        wrong = [k for k in content if TABLES[table] and k not in TABLES[table]]
-        if wrong:
-            raise ValueError(f"{table} has no field {wrong[0]!r}; its fields are: {', '.join(TABLES[table])}")
+    check_tables(document, TABLES)
     if "scan" not in document["input"]:
         raise ValueError(f"{source} names no input.scan; the path of a measurement file is wanted")
     if "path" not in document.get("output", {}):
@@ -129,6 +125,20 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
         run=build(RunConfig, document.get("run", {}), "run"),
         truth=None if truth is None else Path(truth),
     )
+
+
+def check_tables(document: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a table or a key that is not known; a table without listed keys takes any.
+
+    Raises:
+        ValueError: with the right ones.
+    """
+    for table, content in document.items():
+        if table not in tables:
+            raise ValueError(f"no table {table!r}; there are: {', '.join(tables)}")
+        wrong = [k for k in content if tables[table] and k not in tables[table]]
+        if wrong:
+            raise ValueError(f"{table} has no field {wrong[0]!r}; its fields are: {', '.join(tables[table])}")
 
 
 def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
@@ -245,7 +255,7 @@ def _loop(job: Job, prepared: Prepared, key: str, path: Path, resume: bool, prog
         state = load_state(path, kind, key, problem.y.device)
     states = guarded(iterate(sampler, problem, state), sampler, problem)
     kept = checkpointed(states, path, key, job.run.every)
-    return last(progress(kept, sampler.steps, _kind_of(sampler)))
+    return last(progress(kept, sampler.steps, kind_of(sampler)))
 
 
 def _scan_of(job: Job) -> Measurements:
@@ -302,10 +312,19 @@ def check_writable(out: Path) -> None:
     Raises:
         ValueError: with the path and why.
     """
-    if not out.parent.is_dir():
-        raise ValueError(f"{out} cannot be written: the folder {out.parent} is not there")
     if out.suffix and not out.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{out} ends in {out.suffix!r}; .nii, .nii.gz or a folder name for DICOM is wanted")
+    probe(out)
+
+
+def probe(out: Path) -> None:
+    """Refuse a path whose folder is not there or cannot be written to.
+
+    Raises:
+        ValueError: with the path and why.
+    """
+    if not out.parent.is_dir():
+        raise ValueError(f"{out} cannot be written: the folder {out.parent} is not there")
     with whole_file(out.parent / f"{out.name}.checkpoint.probe") as part:
         part.touch()
     (out.parent / f"{out.name}.checkpoint.probe").unlink()

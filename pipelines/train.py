@@ -22,7 +22,7 @@ from invdiff.config import build
 from invdiff.files import whole_file
 from invdiff.pipelines.reconstruct import dtype_of
 from invdiff.pipelines.training_data import DataConfig, read_training
-from invdiff.pipelines.training_report import plot, sheet
+from invdiff.pipelines.training_report import dreams, plot
 from invdiff.priors import load
 from invdiff.priors.launch import Launcher, launched
 from invdiff.priors.model import NetworkPrior, PriorInfo, save
@@ -211,7 +211,7 @@ class Job:
             if better or not self.plan.config.patience:
                 save(self.out / "prior", state.average, self.info, self._figures(state, judged))
             plot(self.out / "progress.png", self.out / LOG_FILE, self.info.name)
-            sheet(self.out / "samples.png", prior, max(self.plan.config.crops), device)
+            dreams(self.out / "samples.png", prior, max(self.plan.config.crops), device)
             self._save(state, course)
             done = f"{state.seen} of {self.plan.config.images} crops"
             self.say(f"{done}: loss {loss:.4f}, validation {mean:.4f}, {rate:.1f} crops/s")

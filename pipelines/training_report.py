@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 from invdiff.files import whole_file
+from invdiff.pipelines.pictures import sheet
 from invdiff.priors.model import NetworkPrior
+from invdiff.reconstruction import sample
+from invdiff.samplers import DPMpp2M
 
 SAMPLES, SOLVER_STEPS = 8, 16  # cheap enough to be drawn at every validation
 
@@ -38,5 +41,16 @@ def plot(path: Path, log: Path, name: str) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
-def sheet(path: Path, prior: NetworkPrior, size: int, device: torch.device) -> None:
-    """TEMPORARY until invdiff.sample stands."""
+def dreams(path: Path, prior: NetworkPrior, size: int, device: torch.device) -> None:
+    """A sheet of images of the prior alone, with the same noise at every call.
+
+    Args:
+        path: the PNG.
+        prior: as far as it has been trained.
+        size: height and width of the images, pixels.
+        device: where the prior is.
+    """
+    info = prior.info
+    x = sample(prior, (SAMPLES, 1, size, size), DPMpp2M(steps=SOLVER_STEPS), device=device).x[:, 0]
+    title = f"samples of {info.name}, no scans of anyone, {SOLVER_STEPS} evaluations"
+    sheet(path, x, info.unit, {"whole range": (info.low, info.high)}, title)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from invdiff.noise import KeyedNoise
-from invdiff.priors import GaussianPrior
+from invdiff.priors import GaussianPrior, PriorInfo
+from invdiff.priors.model import save
+from invdiff.priors.network import UNet, UNetConfig
 from invdiff.protocols import Problem, Space
 
 
@@ -93,15 +96,24 @@ def make_world() -> Callable[..., World]:
 
 
 @pytest.fixture
+def prior(tmp_path: Path) -> str:
+    """An untrained network in a prior's folder: enough to test the way, not the picture."""
+    torch.manual_seed(0)
+    info = PriorInfo("toy", "HU", -1000.0, 2000.0, 0.01, 50.0, 0.5, (1.0, 2.0))
+    save(tmp_path / "toy", UNet(UNetConfig(channels=(8, 8), blocks=(1, 1), norm_groups=4)), info)
+    return str(tmp_path / "toy")
+
+
+@pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """``here(*words)``: the command in this process; its exit code and what it said on stderr, on one line."""
+    """``here(*words)``: the command in this process (importing torch anew takes seconds): exit code and stderr."""
     from invdiff.pipelines import cli
 
-    def command(*words: object) -> tuple[int, str]:
+    def run(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["invdiff", *map(str, words)])
         monkeypatch.setattr(cli, "errors", cli.Console(stderr=True))
         with pytest.raises(SystemExit) as stop:
             cli.main()
         return int(stop.value.code or 0), " ".join(capsys.readouterr().err.split())
 
-    return command
+    return run

@@ -19,13 +19,10 @@ import pytest
 import torch
 
 from invdiff.datasets import Measurements, Volume, read_measurements, read_volume, write_measurements, write_nifti
-from invdiff.pipelines import cli
 from invdiff.pipelines.compare import matched_truth
 from invdiff.pipelines.reconstruct import Job, as_volume, operator_of, resolve
 from invdiff.pipelines.simulate import Simulation, simulate, some_slices
-from invdiff.priors import NoPrior, PriorInfo
-from invdiff.priors.model import save
-from invdiff.priors.network import UNet, UNetConfig
+from invdiff.priors import NoPrior
 from invdiff.reconstruction import reconstruct
 from invdiff.samplers import CGLS, DDS, TV
 
@@ -52,28 +49,10 @@ def volume(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def prior(tmp_path: Path) -> str:
-    """An untrained network in a prior's folder: enough to test the way, not the picture."""
-    torch.manual_seed(0)
-    info = PriorInfo("toy", "HU", -1000.0, 2000.0, 0.01, 50.0, 0.5, (1.0, 2.0))
-    save(tmp_path / "toy", UNet(UNetConfig(channels=(8, 8), blocks=(1, 1), norm_groups=4)), info)
-    return str(tmp_path / "toy")
-
-
 def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "invdiff.pipelines.cli", *map(str, words)], capture_output=True, text=True
     )
-
-
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
-    """The command in this process (importing torch anew takes seconds): exit code and what it said on stderr."""
-    monkeypatch.setattr(sys, "argv", ["invdiff", *map(str, words)])
-    monkeypatch.setattr(cli, "errors", cli.Console(stderr=True))
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0), " ".join(capsys.readouterr().err.split())
 
 
 def make_scan(tmp_path: Path, **how: Any) -> Path:
@@ -82,10 +61,10 @@ def make_scan(tmp_path: Path, **how: Any) -> Path:
     return tmp_path / "scan.h5"
 
 
-def test_the_whole_way(volume: Path, prior: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_the_whole_way(volume: Path, prior: str, tmp_path: Path, here: Any) -> None:
     scan, out = tmp_path / "scan.h5", tmp_path / "recon.nii.gz"
-    assert here(monkeypatch, capsys, "simulate", volume, "--views", 60, "--photons", "1e6", "-o", scan)[0] == 0
-    code, _ = here(monkeypatch, capsys, "reconstruct", scan, "--prior", prior, "--sampler", "tv", "-o", out,
+    assert here("simulate", volume, "--views", 60, "--photons", "1e6", "-o", scan)[0] == 0
+    code, _ = here("reconstruct", scan, "--prior", prior, "--sampler", "tv", "-o", out,
                    "--truth", volume, "sampler.steps=40", "sampler.lam=1e-4", "sampler.lam_z=1e-4")  # fmt: skip
     assert code == 0
     ours, given = nibabel.load(out), nibabel.load(volume)
@@ -99,12 +78,10 @@ def test_the_whole_way(volume: Path, prior: str, tmp_path: Path, monkeypatch: An
     assert len(record["chi2"]) == 5 and record["versions"]["torch"] == torch.__version__
     assert (tmp_path / "recon.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.checkpoint*"))
-    assert here(monkeypatch, capsys, "compare", out, volume)[0] == 0
+    assert here("compare", out, volume)[0] == 0
 
 
-def test_a_record_is_a_configuration_and_toml_does_the_same(
-    prior: str, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+def test_a_record_is_a_configuration_and_toml_does_the_same(prior: str, tmp_path: Path, here: Any) -> None:
     scan = make_scan(tmp_path)
     words = [
         "--prior",
@@ -118,24 +95,24 @@ def test_a_record_is_a_configuration_and_toml_does_the_same(
         "--dtype",
         "float32",
     ]
-    assert here(monkeypatch, capsys, "reconstruct", scan, "-o", tmp_path / "a.nii", *words)[0] == 0
+    assert here("reconstruct", scan, "-o", tmp_path / "a.nii", *words)[0] == 0
     config = tmp_path / "job.toml"
     config.write_text(
         f'[input]\nscan = "{scan}"\n[prior]\nname = "{prior}"\n[output]\npath = "{tmp_path / "b.nii"}"\n'
         '[sampler]\nkind = "dds"\nsteps = 3\neta = 0\n[run]\nseed = 5\ndtype = "float32"\nchunk = 2\n'
     )
-    assert here(monkeypatch, capsys, "reconstruct", config)[0] == 0
+    assert here("reconstruct", config)[0] == 0
     a, b = (nibabel.load(tmp_path / n).get_fdata() for n in ("a.nii", "b.nii"))
     np.testing.assert_allclose(a, b, atol=0.3)  # HU: another chunk, other kernels
-    assert here(monkeypatch, capsys, "reconstruct", config, "run.seed=6", "-o", tmp_path / "c.nii")[0] == 0
+    assert here("reconstruct", config, "run.seed=6", "-o", tmp_path / "c.nii")[0] == 0
     assert np.abs(nibabel.load(tmp_path / "c.nii").get_fdata() - a).max() > 1
 
 
-def test_dicom_out(prior: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    code, _ = here(monkeypatch, capsys, "reconstruct", make_scan(tmp_path), "--sampler", "fbp", "-o",
+def test_dicom_out(prior: str, tmp_path: Path, here: Any) -> None:
+    code, _ = here("reconstruct", make_scan(tmp_path), "--sampler", "fbp", "-o",
                    tmp_path / "series", "--prior", "none")  # fmt: skip
     assert code == 0
-    assert here(monkeypatch, capsys, "reconstruct", tmp_path / "scan.h5", "--sampler", "fbp", "-o", tmp_path / "f.nii",
+    assert here("reconstruct", tmp_path / "scan.h5", "--sampler", "fbp", "-o", tmp_path / "f.nii",
                 "--prior", "none")[0] == 0  # fmt: skip
     series, nifti = read_volume(tmp_path / "series"), read_volume(tmp_path / "f.nii")
     np.testing.assert_allclose(series.affine, nifti.affine, atol=1e-3)
@@ -188,7 +165,7 @@ def bad_measurement(tmp_path: Path, **change: Any) -> Path:
         ("text as volume", "is not"),
         ("truncated gzip", "is not a whole NIfTI file"),
         ("nan voxels", "NaN or infinite"),
-        ("unknown sampler", "no sampler 'magic'; there are: cgls, ddim, dds"),
+        ("unknown sampler", "no sampler 'magic'; there are: cgls, ddim, ddpm, dds"),
         ("unknown field", "dds has no field 'roh'; its fields are: steps, eta, cg_steps, rho"),
         ("wrong type", "dds.steps is 'many' (str); int is wanted"),
         ("wrong value", "DDS.eta is 3.0; a value in [0, 1] is wanted"),
@@ -208,7 +185,7 @@ def bad_measurement(tmp_path: Path, **change: Any) -> Path:
     ],
 )
 def test_bad_input_gets_one_sentence_and_writes_nothing(
-    case: str, said: str, volume: Path, prior: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+    case: str, said: str, volume: Path, prior: str, tmp_path: Path, here: Any
 ) -> None:
     scan = make_scan(tmp_path)
     out = tmp_path / "out.nii.gz"
@@ -257,17 +234,17 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(
         words[case] = go
     line = words.get(case, ["simulate", bad, "-o", tmp_path / "s.h5"])
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    code, message = here(monkeypatch, capsys, *line)
+    code, message = here(*line)
     assert code == 2 and said in message and "Traceback" not in message, message
     assert message.startswith("invdiff: ") and message.count("invdiff: ") == 1
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to(prior: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_folder_that_may_not_be_written_to(prior: str, tmp_path: Path, here: Any) -> None:
     scan, locked = make_scan(tmp_path), tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    code, message = here(monkeypatch, capsys, "reconstruct", scan, "-o", locked / "out.nii", "--prior", prior)
+    code, message = here("reconstruct", scan, "-o", locked / "out.nii", "--prior", prior)
     assert code == 2 and "cannot be written" in message
 
 

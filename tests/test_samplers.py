@@ -14,14 +14,19 @@ from invdiff.config import registered
 from invdiff.linalg import difference
 from invdiff.noise import KeyedNoise
 from invdiff.priors import Chunked, GaussianPrior
-from invdiff.problem import ScaledLinear
-from invdiff.protocols import Problem, Space
+from invdiff.problem import ScaledLinear, unconditional
+from invdiff.protocols import Problem
 from invdiff.run import DivergedError, guarded, iterate
-from invdiff.samplers import CGLS, DDIM, DDS, FBP, TV, DiffusionMBIR, REDDiff
+from invdiff.samplers import CGLS, DDIM, DDPM, DDS, DEIS, FBP, GHVB, TV, DiffusionMBIR, DPMpp2M, Heun, REDDiff
 
 # A short run of every registered sampler, slices coupled where the method can
 SHORT: dict[str, Any] = {
     "ddim": DDIM(steps=6, eta=0.3),
+    "ddpm": DDPM(steps=6),
+    "heun": Heun(steps=6, churn=3.0),
+    "dpmpp2m": DPMpp2M(steps=6),
+    "deis3m": DEIS(steps=6),
+    "ghvb": GHVB(steps=6, order=3),
     "dds": DDS(steps=6, sigma_max=5.0),
     "reddiff": REDDiff(steps=6, z_lam=0.5, draws=2, newton_steps=0),
     "diffusionmbir": DiffusionMBIR(steps=6),
@@ -34,9 +39,11 @@ WAYS: dict[str, Any] = {
     **SHORT,
     "reddiff, newton": REDDiff(steps=6, z_lam=0.5),
     "dds, noiseless": DDS(steps=6, anchor=0.0),
+    "ghvb, 1": GHVB(steps=6, order=1, grid="geometric"),
 }
+SOLVERS = ("ddim", "ddpm", "heun", "dpmpp2m", "deis3m", "ghvb")
 UNCOUPLED: dict[str, Any] = {
-    "ddim": SHORT["ddim"],
+    **{kind: SHORT[kind] for kind in SOLVERS},
     "dds": replace(SHORT["dds"], lam=0.0),
     "reddiff": replace(SHORT["reddiff"], z_lam=0.0, order="random"),
     "reddiff, newton": REDDiff(steps=6),
@@ -97,7 +104,7 @@ def test_coupled_slices_do(kind: str, world: Any) -> None:
     assert (part - whole[2:4]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("kind", ["ddim", "dds", "reddiff", "diffusionmbir"])
+@pytest.mark.parametrize("kind", [*SOLVERS, "dds", "reddiff", "diffusionmbir"])
 def test_seed_zero_is_a_seed(kind: str, world: Any) -> None:
     zero, again, one = (last(SHORT[kind], world.problem._replace(noise=KeyedNoise(s))).x for s in (0, 0, 1))
     assert torch.equal(zero, again)
@@ -115,12 +122,7 @@ def test_noise_is_keyed_by_slice_step_and_draw() -> None:
 def test_ddim_samples_the_prior() -> None:
     prior = GaussianPrior.smooth((1, 5, 6), length=1.0, deviation=0.5, mean=-0.2)
     slices = 3000
-    space = Space((slices, 1, 5, 6), torch.float32)
-
-    class Nothing:
-        domain = range = space
-
-    problem = Problem(Nothing(), torch.zeros(slices, 1), 0.0, prior, KeyedNoise(3))
+    problem = unconditional((slices, 1, 5, 6), prior, KeyedNoise(3)).problem
     x = last(DDIM(steps=60, sigma_max=20.0, sigma_min=0.005), problem).x.flatten(1)
     covariance = torch.cov(x.T)
     # Monte Carlo error of an entry of the covariance: about variance * sqrt(2 / slices) = 0.0065

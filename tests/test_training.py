@@ -250,8 +250,9 @@ def test_train_makes_a_prior_and_a_record(words: list[object], tmp_path: Path, h
     config.write_text(TOML.replace("crops = [16]", "crops = [12]"))
     code, message = here(*words, "--resume")
     assert code == 2 and "training.crops" in message
-    prior = load(tmp_path / "run" / "prior")
-    assert prior.info.pixel_mm == (1.5, 1.5)
+    assert load(tmp_path / "run" / "prior").info.pixel_mm == (1.5, 1.5)
+    dreamt = ["sample", "--prior", tmp_path / "run" / "prior", "--size", 16, "--count", 2, "--steps", 2]
+    assert here(*dreamt, "-o", tmp_path / "sheet.png")[0] == 0
 
 
 def test_fine_tuning_starts_from_a_prior(words: list[object], tmp_path: Path, here: Any) -> None:

@@ -1,9 +1,29 @@
-"""Samplers and prior-free baselines, one algorithm a file, all on the seams of ``invdiff.protocols``."""
+"""Samplers, unconditional solvers and prior-free baselines, one algorithm a file, on the seams of ``protocols``."""
 
 from invdiff.samplers.classical import CGLS, FBP, TV
 from invdiff.samplers.ddim import DDIM
+from invdiff.samplers.ddpm import DDPM
 from invdiff.samplers.dds import DDS
+from invdiff.samplers.deis import DEIS
 from invdiff.samplers.diffusionmbir import DiffusionMBIR
+from invdiff.samplers.dpmpp import DPMpp2M
+from invdiff.samplers.ghvb import GHVB
+from invdiff.samplers.heun import Heun
 from invdiff.samplers.reddiff import REDDiff
+from invdiff.samplers.solver import Solver
 
-__all__ = ["CGLS", "DDIM", "DDS", "FBP", "TV", "DiffusionMBIR", "REDDiff"]
+__all__ = [
+    "CGLS",
+    "DDIM",
+    "DDPM",
+    "DDS",
+    "DEIS",
+    "FBP",
+    "GHVB",
+    "TV",
+    "DPMpp2M",
+    "DiffusionMBIR",
+    "Heun",
+    "REDDiff",
+    "Solver",
+]

@@ -17,6 +17,14 @@ def at_least(owner: object, **limits: float) -> None:
             raise ValueError(f"{type(owner).__name__}.{name} is {value}; at least {limit} is wanted")
 
 
+def within(owner: object, **limits: tuple[float, float]) -> None:
+    """Refuse fields outside their closed range, with the field's name and value."""
+    for name, (low, high) in limits.items():
+        value = getattr(owner, name)
+        if not low <= value <= high:
+            raise ValueError(f"{type(owner).__name__}.{name} is {value}; a value in [{low}, {high}] is wanted")
+
+
 def linear(owner: object, problem: Problem) -> Any:
     """The problem's operator, refused if it has no adjoint."""
     if not hasattr(problem.operator, "adjoint"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from invdiff.linalg import cg, difference, difference_adjoint, shrink
 from invdiff.noise import karras
 from invdiff.protocols import Problem
-from invdiff.samplers.checks import at_least, first_guess, linear
+from invdiff.samplers.checks import at_least, first_guess, linear, within
 from invdiff.samplers.ddim import ddim_move
 
 SLICES = 0  # the axis along which the z-term couples
@@ -65,9 +65,8 @@ class DDS:
     sigma_min: float = 0.03
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, eta=0, cg_steps=1, rho=0, lam=0, anchor=0, sigma_floor=0)
-        if self.eta > 1:
-            raise ValueError(f"DDS.eta is {self.eta}; a value in [0, 1] is wanted")
+        at_least(self, steps=1, cg_steps=1, rho=0, lam=0, anchor=0, sigma_floor=0)
+        within(self, eta=(0, 1))
         if self.lam > 0 and self.rho == 0:
             raise ValueError("DDS.rho is 0 with lam above 0; a positive penalty is wanted")
         karras(self.steps, self.sigma_max, self.sigma_min)
