@@ -96,7 +96,7 @@ def test_folder_round_trip_and_what_is_refused(tmp_path: Path) -> None:
     torch.testing.assert_close(prior.denoise(x, torch.tensor(0.3)), wanted, atol=5e-3, rtol=5e-3)
     assert prior.info == INFO
     assert sorted(p.name for p in (tmp_path / "toy").iterdir()) == ["config.json", "weights.safetensors"]
-    with pytest.raises(ValueError, match=r"no prior 'nonesuch': give one of ct"):
+    with pytest.raises(ValueError, match=r"no prior 'nonesuch': give one of brain-mr, ct"):
         load("nonesuch")
     config = tmp_path / "toy" / "config.json"
     document = json.loads(config.read_text())
