@@ -197,6 +197,20 @@ def test_contrast_changes_keep_the_rest(tmp_path: Path) -> None:
         assert (a - b).abs().max() > 0.01
 
 
+def test_larger_crops_get_more_noise(tmp_path: Path) -> None:
+    slices = read_slices([slices_file(tmp_path / "a.h5")])
+    medians = {}
+    for growth in (0.0, 2.0):
+        for crop in (8, 24):
+            shares = (float(crop == 8), float(crop == 24))
+            config = TrainingConfig(
+                crops=(8, 24), batches=(300, 300), shares=shares, sigma_growth=growth, sigma_uniform=0.0
+            )
+            medians[growth, crop] = float(Steps(slices, config, INFO)[0].sigma.log().median())
+    assert medians[0.0, 24] - medians[0.0, 8] == pytest.approx(0.0, abs=0.25)
+    assert medians[2.0, 24] - medians[2.0, 8] == pytest.approx(2 * np.log(3), abs=0.25)
+
+
 def test_learning_rate_rises_stays_and_falls() -> None:
     config = TrainingConfig(images=1000, warmup=100, decay=0.5, rate=1.0, final=0.1)
     rates = [learning_rate(config, k) for k in (0, 99, 300, 499, 750, 999)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -41,6 +42,8 @@ class TrainingConfig(Drawing):
         ema: images after which a weight's share in the moving average has halved.
         sigma_center: mean of ln sigma (EDM's P_mean).
         sigma_width: standard deviation of ln sigma (EDM's P_std).
+        sigma_growth: how much that mean rises with ln(crop / smallest crop): small crops teach texture, at little
+            cost, whole slices the shape of the body, which only large noise hides.
         sigma_uniform: share of sigmas drawn log-uniformly over the prior's whole range.
         every: images between checkpoints, each with a validation.
         held_out: share of the subjects that only the validation sees.
@@ -56,6 +59,7 @@ class TrainingConfig(Drawing):
     ema: int = 8_000
     sigma_center: float = -1.4
     sigma_width: float = 1.4
+    sigma_growth: float = 0.0
     sigma_uniform: float = 0.1
     every: int = 4_000
     held_out: float = 0.05
@@ -125,7 +129,7 @@ class Steps(Dataset[Part]):
 
     def __getitem__(self, step: int) -> Part:
         config, info = self.config, self.info
-        _, count = batch_of(config, step)
+        size, count = batch_of(config, step)
         items = list(range(self.rank, count, self.world))
         weight = torch.full((max(1, len(items)),), 1 / count if items else 0.0)
         items = items or [0]
@@ -140,7 +144,7 @@ class Steps(Dataset[Part]):
         sigma = draw_sigma(
             torch.stack(u),
             torch.stack(n),
-            config.sigma_center,
+            config.sigma_center + config.sigma_growth * math.log(size / min(config.crops)),
             config.sigma_width,
             info.sigma_min,
             info.sigma_max,
