@@ -9,7 +9,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -139,7 +139,8 @@ def run(
         checked(everything, info), plan.config.held_out if validation is None else 0, plan.config.seed
     )
     if validation is not None:
-        judged = checked(read_training(validation, plan.data, unit), info)
+        # the pattern names the training's files; what is validated on may be of another format
+        judged = checked(read_training(validation, replace(plan.data, files="", groups=()), unit), info)
     launcher = launched(device)
     recorded = {"training": asdict(plan.config), "network": asdict(plan.network), "prior": asdict(info)}
     state, course = _first(plan, out / STATE_FILE if resume else None, recorded)

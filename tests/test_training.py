@@ -269,6 +269,15 @@ def test_train_makes_a_prior_and_a_record(words: list[object], tmp_path: Path, h
     assert here(*dreamt, "-o", tmp_path / "sheet.png")[0] == 0
 
 
+def test_another_folder_may_be_validated_on(words: list[object], tmp_path: Path, here: Any) -> None:
+    (tmp_path / "other").mkdir()
+    write_nifti(tmp_path / "other" / "ct.nii.gz", smooth((9, 20, 24), "HU"))
+    (tmp_path / "toy.toml").write_text("[data]\nfiles = 'a*.h5'\n" + TOML)
+    assert here(*words, "--validation", tmp_path / "other")[0] == 0
+    with (tmp_path / "run" / "log.csv").open(newline="") as f:
+        assert all(float(row["val_0.5"]) > 0 for row in csv.DictReader(f))
+
+
 def test_fine_tuning_starts_from_a_prior(words: list[object], tmp_path: Path, here: Any) -> None:
     assert here(*words)[0] == 0
     config = tmp_path / "tune.toml"
