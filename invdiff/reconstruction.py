@@ -111,7 +111,7 @@ def sample(
     """Draw images from the prior alone, without measurements.
 
     A prior given by name is put on ``device``, its network in bfloat16 where that is native. An image depends on the
-    seed and its number among the slices alone: the first of 8 is the first of 4.
+    seed and its number among the slices alone (with a network, to its rounding): the first of 8 is the first of 4.
 
     Args:
         prior: a Prior, or the name or folder of one.

@@ -18,6 +18,7 @@ from invdiff.pipelines.pictures import sheet
 from invdiff.priors import Chunked, GaussianPrior, load
 from invdiff.problem import Nothing, unconditional
 from invdiff.protocols import Operator, Space
+from invdiff.reconstruction import sample
 from invdiff.run import DivergedError
 from invdiff.samplers import DDS, Heun
 
@@ -36,11 +37,12 @@ def test_nothing_measures_nothing() -> None:
 
 def test_sample_draws_images_that_depend_on_seed_and_number_alone() -> None:
     prior = gaussian()
-    four = invdiff.sample(prior, (4, 1, 5, 6), seed=3)
+    assert invdiff.sample is sample
+    four = sample(prior, (4, 1, 5, 6), seed=3)
     assert four.x.shape == (4, 1, 5, 6) and four.x.dtype == torch.float32
-    assert torch.equal(four.x, invdiff.sample(prior, (4, 1, 5, 6), seed=3, chunk=2).x)
-    assert torch.equal(four.x[:2], invdiff.sample(prior, (2, 1, 5, 6), seed=3).x)
-    assert (four.x - invdiff.sample(prior, (4, 1, 5, 6), seed=4).x).abs().max() > 0.1
+    assert torch.equal(four.x, sample(prior, (4, 1, 5, 6), seed=3, chunk=2).x)
+    assert torch.equal(four.x[:2], sample(prior, (2, 1, 5, 6), seed=3).x)
+    assert (four.x - sample(prior, (4, 1, 5, 6), seed=4).x).abs().max() > 0.1
     record = four.record
     assert record["sampler"]["kind"] == "DPMpp2M" and record["seed"] == 3 and record["evaluations"] == 20
 
@@ -53,7 +55,7 @@ def test_a_broken_prior_is_found_without_measurements() -> None:
             return x * float("nan")
 
     with pytest.raises(DivergedError, match="NaN or infinite at step"):
-        invdiff.sample(Broken(), (2, 1, 5, 6), Heun(4))
+        sample(Broken(), (2, 1, 5, 6), Heun(4))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_a_broken_prior_is_found_without_measurements() -> None:
         (lambda: unconditional((3, 5, 6), gaussian()), r"shape is \(3, 5, 6\); \(s c h w\)"),
         (lambda: unconditional((0, 1, 5, 6), gaussian()), r"shape is \(0, 1, 5, 6\)"),
         (lambda: unconditional((2, 3, 5, 6), gaussian()), "has 3 channels; the prior has 1"),
-        (lambda: invdiff.sample(gaussian(), (1, 1, 2, 3), DDS()), "DDS reconstructs from measurements"),
+        (lambda: sample(gaussian(), (1, 1, 2, 3), DDS()), "DDS reconstructs from measurements"),
         (lambda: DDS().init(unconditional((1, 1, 2, 3), gaussian()).problem), "needs a linear operator; Nothing"),
     ],
 )
@@ -84,7 +86,7 @@ def test_the_command_writes_sheet_record_and_volume(prior: str, tmp_path: Path, 
     }  # fmt: skip
     assert record["seed"] == 5 and record["evaluations"] == 5 and record["unit"] == "HU"
     assert len(record["prior_sha256"]) == 64 and record["versions"]["torch"] == torch.__version__
-    wanted = invdiff.sample(Chunked(load(prior), 2), (3, 1, 17, 24), Heun(3, sigma_max=40.0, churn=1.0), seed=5).x
+    wanted = sample(Chunked(load(prior), 2), (3, 1, 17, 24), Heun(3, sigma_max=40.0, churn=1.0), seed=5).x
     stored = nibabel.load(volume)
     assert stored.shape == (24, 17, 3)  # columns, rows, images
     np.testing.assert_allclose(np.sort(np.asarray(stored.dataobj).ravel()), wanted.flatten().sort().values, atol=0.1)

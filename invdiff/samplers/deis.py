@@ -49,8 +49,7 @@ class DEIS(Multistep):
     first order. Order 3 holds for D smooth in x and sigma, as far as the first, Euler, step allows: it leaves
     (s_1 - s_0)^2 / 2 |d eps / d sigma| at sigma_max, which falls as C / sigma_max^3 and is nothing at the default.
 
-    Not for a handful of evaluations: extrapolating the noise estimate over large steps overshoots; see ``DPMpp2M``,
-    ``GHVB``.
+    Not for a handful of evaluations, where it gains little over DDIM: see ``DPMpp2M``.
 
     Args:
         steps: denoiser evaluations. Published 10 to 20.

@@ -25,7 +25,8 @@ class GHVB(Multistep):
     beta falls to 0 the error tends to that of one order less, and the stability region grows. The paper writes order 2
     with beta 0.8 as GHVB1.8.
 
-    Not where steps are small enough for plain Adams-Bashforth (``DEIS``): momentum then only adds error.
+    Not where plain Adams-Bashforth (``DEIS``) does not diverge: momentum then only adds error. It is for strong
+    guidance and other stiff denoisers at few steps.
 
     Args:
         steps: denoiser evaluations.

@@ -18,7 +18,8 @@ class Heun(OneStep):
     Churn raises the noise a little with fresh noise before each step, which forgets earlier errors. Published for
     ImageNet at 64 x 64: churn 40 from 0.05 to 50, churn_noise 1.003.
 
-    Not for less than about 10 evaluations: the two of a step are better spent on two steps of a multistep method.
+    Not for less than about 20 evaluations: long steps down from noise far above the prior's deviation overshoot, and
+    two evaluations are better spent on two steps of a multistep method.
 
     Args:
         steps: levels of the grid above 0; ``evaluations`` is twice that less 1. Published 18 to 256.
