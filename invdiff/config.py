@@ -6,7 +6,8 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -22,23 +23,40 @@ def build(kind: type[T], table: Mapping[str, Any], name: str) -> T:
     Raises:
         ValueError: a key that is not a field (the right ones are listed), a missing one, or a value of another type.
     """
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{name} is {table!r}; a table of fields is wanted")
     known = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
-    for key in table:
+    hints = get_type_hints(kind)
+    for key, value in table.items():
         if key not in known:
             raise ValueError(f"{name} has no field {key!r}; its fields are: {', '.join(known)}")
-    for key, value in table.items():
-        default = known[key].default
-        if default is dataclasses.MISSING or default is None:
-            continue
-        number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        sequence = isinstance(default, tuple) and isinstance(value, list)
-        if not number and not sequence and type(value) is not type(default):
-            wanted = type(default).__name__
-            raise ValueError(f"{name}.{key} is {value!r} ({type(value).__name__}); {wanted} is wanted")
+        if not _fits(value, hints[key]):
+            raise ValueError(f"{name}.{key} is {value!r} ({type(value).__name__}); {_said(hints[key])} is wanted")
     missing = [k for k, f in known.items() if k not in table and _required(f)]
     if missing:
         raise ValueError(f"{name} lacks {missing[0]!r}; its fields are: {', '.join(known)}")
     return kind(**table)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of TOML or JSON can be the value of a field so annotated."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        wanted = [inside[0]] * len(value) if inside[-1] is Ellipsis else inside
+        return len(wanted) == len(value) and all(_fits(v, h) for v, h in zip(value, wanted, strict=True))
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _said(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
+import re
 import shutil
+import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+_BINARY = (b"\x80", b"PK")  # how pickles and the archives of torch.save begin
+_NOT_TORCH = (
+    OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError, struct.error,
+)  # fmt: skip
 
 
 @contextmanager
@@ -79,6 +91,32 @@ def readable(path: Path) -> Path:
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path} cannot be read: permission denied")
     return path
+
+
+def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``torch.save`` wrote to a file, where it holds tensors and plain values alone.
+
+    Raises:
+        ValueError: a pickle that could run code (it does not), or a file that is truncated or something else.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Both announce what the refusal below says
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file", UserWarning)
+            return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({named[1]})" if named else ""
+        if not path.read_bytes().startswith(_BINARY):
+            raise ValueError(f"{path} is truncated or not what torch.save writes") from error
+        raise ValueError(
+            f"{path} is a pickle that holds more than tensors{what}; it could run code and is refused: convert it to "
+            "safetensors, or save its state_dict alone, where you trust it"
+        ) from error
+    except _NOT_TORCH as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is truncated or not what torch.save writes: {reason}") from error
 
 
 def _beside(path: Path) -> Path:

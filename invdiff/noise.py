@@ -76,5 +76,5 @@ def noise_levels(grid: str, steps: int, high: float, low: float) -> list[float]:
 def _check(steps: int, high: float, low: float) -> None:
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least 1 is wanted")
-    if not 0 < low <= high:
-        raise ValueError(f"noise levels from {high} to {low}: 0 < low <= high is wanted")
+    if not 0 < low <= high or (steps > 1 and low == high):
+        raise ValueError(f"noise levels from {high} to {low}: 0 < low < high is wanted")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from invdiff.files import whole_file
+from invdiff.files import read_torch, whole_file
 from invdiff.linalg import inner
 from invdiff.protocols import Problem, Sampler, State
 
@@ -119,13 +119,11 @@ def load_state(path: Path, kind: type[S], key: str, device: torch.device | str =
     Raises:
         ValueError: not a checkpoint, or the checkpoint of another run.
     """
-    import pickle
-
+    document = read_torch(path, device)
     try:
-        document = torch.load(path, weights_only=True, map_location=device)
         stored, fields = document["key"], document["state"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read ({type(error).__name__})") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the checkpoint of a run: it lacks {error}") from error
     if stored != key:
         raise ValueError(
             f"{path} is the checkpoint of another run ({stored[:12]}..., not {key[:12]}...): "

@@ -188,9 +188,10 @@ def train(
     from invdiff.pipelines import train as pipeline
 
     try:
-        pipeline.run(config, data, out, resume, console, device, validation, workers, compiled, dtype)
+        pipeline.run(config, data, out, resume, console, pipeline.Way(device, dtype, workers, compiled), validation)
     except KeyboardInterrupt:
-        errors.print(f"interrupted; {out} holds the run: the same command with --resume goes on")
+        kept = (out / pipeline.STATE_FILE).exists()
+        errors.print(f"interrupted; {out} holds the run: with --resume it goes on" if kept else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -200,7 +201,7 @@ def main() -> None:
 
     try:
         app(standalone_mode=True)
-    except (ValueError, FloatingPointError, DivergedError) as error:
+    except (ValueError, FloatingPointError, DivergedError, OSError) as error:
         errors.print(f"invdiff: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:

@@ -6,123 +6,82 @@ import csv
 import shutil
 import signal
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from invdiff.config import build
-from invdiff.files import whole_file
-from invdiff.pipelines.reconstruct import dtype_of
-from invdiff.pipelines.training_data import DataConfig, read_training
+from invdiff.files import read_torch, whole_file
+from invdiff.pipelines.reconstruct import device_of, dtype_of
+from invdiff.pipelines.training_data import read_training
+from invdiff.pipelines.training_plan import Plan, plan_of
 from invdiff.pipelines.training_report import dreams, plot
-from invdiff.priors import load
 from invdiff.priors.launch import Launcher, launched
 from invdiff.priors.model import NetworkPrior, PriorInfo, save
-from invdiff.priors.network import UNet, UNetConfig
-from invdiff.priors.slices import Slices, checked, split
-from invdiff.priors.training import TrainingConfig, TrainingState, pack, start, train, unpack, validate
+from invdiff.priors.slices import Slices, check_enough, checked, digest, split
+from invdiff.priors.training import SIGMAS, TrainingState, pack, start, train, unpack, validate
 
 STATE_FILE = "state.pt"
 LOG_FILE = "log.csv"
-COPIES = (
-    2 * 4 * 4
-)  # bytes on disk a parameter: network, average and AdamW's two moments in float32, twice while renaming
-RENAMED = ("name", "pixel_mm")  # what a fine-tuned prior may state otherwise
-TABLES = ("data", "prior", "network", "training", "start")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A training, resolved: what is trained, how, on what, and from which weights."""
-
-    network: UNetConfig
-    config: TrainingConfig
-    data: DataConfig
-    prior: dict[str, Any]
-    first: NetworkPrior | None
-
-    def info(self, pixel_mm: tuple[float, float]) -> PriorInfo:
-        """The trained prior's description."""
-        known = {"pixel_mm": pixel_mm, **({} if self.first is None else asdict(self.first.info))}
-        return build(PriorInfo, {**known, **self.prior}, "prior")
+COPIES = 2 * 4 * 4  # bytes on disk a parameter: network, average, AdamW's two moments, float32, twice while renaming
+FREE = (("training", "images"),)  # what may change between a run and its continuation
 
 
 class Course(NamedTuple):
-    """How a run stands: the best mean validation loss so far, and how many validations ago that was."""
+    """How a run stands.
+
+    best: least mean validation loss so far; stale: validations since then; loss, steps: sum of the losses of so many
+    steps since the last validation.
+    """
 
     best: float = float("inf")
     stale: int = 0
+    loss: float = 0.0
+    steps: int = 0
 
 
-def plan_of(config_file: Path) -> Plan:
-    """The plan that a TOML file describes.
+@dataclass(frozen=True)
+class Way:
+    """How a training is carried out; none of it changes the result beyond rounding.
 
-    Raises:
-        ValueError: no TOML, a wrong table, key or value, or a prior to start from whose network is another.
+    Args:
+        device: such as ``cpu`` or ``cuda``; under torchrun each process takes its own of that kind.
+        dtype: of the network's arithmetic: auto (bfloat16 where it is native), float32, bfloat16.
+        workers: processes that draw crops beside each training process.
+        compiled: compile the network.
     """
-    try:
-        document = tomllib.loads(config_file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{config_file} cannot be read as TOML: {error}") from error
-    wrong = [table for table in document if table not in TABLES]
-    if wrong:
-        raise ValueError(f"{config_file} has a table {wrong[0]!r}; there are: {', '.join(TABLES)}")
-    first = _first_prior(document)
-    sizes = {**({} if first is None else asdict(cast(UNet, first.network).config)), **document.get("network", {})}
-    plan = Plan(
-        build(UNetConfig, sizes, "network"),
-        build(TrainingConfig, document.get("training", {}), "training"),
-        build(DataConfig, document.get("data", {}), "data"),
-        document.get("prior", {}),
-        first,
-    )
-    if first is not None and plan.network != first.network.config:
-        raise ValueError(f"the network is {document['network']}, that of the prior to start from is another")
-    if plan.network.image_channels != 1:
-        raise ValueError(f"network.image_channels is {plan.network.image_channels}; slices have 1")
-    if plan.prior.get("parameterisation", "edm") != "edm":
-        raise ValueError(f"prior.parameterisation is {plan.prior['parameterisation']!r}; training is in 'edm'")
-    return plan
 
+    device: str = "cpu"
+    dtype: str = "auto"
+    workers: int = 0
+    compiled: bool = False
 
-def _first_prior(document: dict[str, Any]) -> NetworkPrior | None:
-    """The prior that ``start.prior`` names."""
-    if "start" not in document:
-        return None
-    if list(document["start"]) != ["prior"]:
-        raise ValueError(f"start is {document['start']}; start.prior, the name or folder of a prior, is wanted")
-    name = document["start"]["prior"]
-    first = load(name)
-    if not isinstance(first.network, UNet):
-        raise ValueError(f"{name!r} is a foreign network; a prior that invdiff train made is wanted")
-    for key, value in document.get("prior", {}).items():
-        old = getattr(first.info, key, value)
-        if key not in RENAMED and value != old:
-            raise ValueError(f"prior.{key} is {value!r}, that of the prior to start from is {old!r}")
-    return first
+    def __post_init__(self) -> None:
+        if self.dtype == "float16":
+            raise ValueError("dtype 'float16' is too narrow for gradients; one of auto, float32, bfloat16 is wanted")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; 0 or more is wanted")
 
 
 def run(
-    config_file: Path,
-    data: Path,
-    out: Path,
-    resume: bool,
-    console: Console,
-    device: str = "cpu",
-    validation: Path | None = None,
-    workers: int = 0,
-    compiled: bool = False,
-    dtype: str = "auto",
+    config_file: Path, data: Path, out: Path, resume: bool, console: Console, way: Way, validation: Path | None = None
 ) -> None:
     """Train the prior of ``config_file``; keeps ``state.pt``, ``log.csv``, pictures and ``prior/`` in ``out``.
+
+    Args:
+        config_file: TOML; see docs/training.md.
+        data: folder of what is trained on.
+        out: folder of the run.
+        resume: go on from its checkpoint.
+        console: where the first process says how it goes.
+        way: device and the like.
+        validation: folder of what is validated on, in the place of held-out subjects.
 
     Raises:
         ValueError: a wrong key, data that do not fit, a folder that holds another run, nothing to resume, a full disk.
@@ -130,27 +89,42 @@ def run(
     """
     plan = plan_of(config_file)
     _check_folder(out, resume)
-    unit = plan.prior.get("unit", None if plan.first is None else plan.first.info.unit)
-    if unit is None:
-        raise ValueError(f"{config_file} lacks prior.unit; HU or a.u. is wanted")
-    everything = read_training(data, plan.data, unit)
-    info = plan.info((float(everything.pixel_mm.min()), float(everything.pixel_mm.max())))
-    slices, judged = split(
-        checked(everything, info), plan.config.held_out if validation is None else 0, plan.config.seed
-    )
-    if validation is not None:
-        # the pattern names the training's files; what is validated on may be of another format
-        judged = checked(read_training(validation, replace(plan.data, files="", groups=()), unit), info)
-    launcher = launched(device)
-    recorded = {"training": asdict(plan.config), "network": asdict(plan.network), "prior": asdict(info)}
+    dtype = dtype_of(way.dtype, device_of(way.device))
+    launcher = launched(way.device)
+    slices, judged, info = _read(plan, data, validation)
+    recorded = {
+        "training": asdict(plan.config),
+        "network": asdict(plan.network),
+        "prior": asdict(info),
+        "data": {**asdict(plan.data), "trained": digest(slices), "validated": digest(judged)},
+        "start": {"sha256": None if plan.first is None else plan.first.sha256},
+    }
     state, course = _first(plan, out / STATE_FILE if resume else None, recorded)
-    job = Job(out, plan, info, slices, judged, recorded, launcher, console, dtype_of(dtype, launcher.device))
+    job = Job(out, plan, info, slices, judged, recorded, launcher, console, dtype)
     if launcher.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        _check_disk(out, sum(p.numel() for p in state.network.parameters()))
-        job.keep_log(state.seen)
+        _prepare(out, sum(p.numel() for p in state.network.parameters()))
+        _keep_log(out / LOG_FILE, state.seen)
         job.say(job.opening())
-    job.run(state, course, workers, compiled)
+    job.run(state, course, way)
+
+
+def _read(plan: Plan, data: Path, validation: Path | None) -> tuple[Slices, Slices | None, PriorInfo]:
+    """What is trained on, what is validated on, and the prior's description."""
+    everything = read_training(data, plan.data, plan.unit)
+    info = plan.info((float(everything.pixel_mm.min()), float(everything.pixel_mm.max())))
+    everything = checked(everything, info)
+    if validation is None:
+        slices, judged = split(everything, plan.config.held_out, plan.config.seed)
+    else:
+        other = replace(plan.data, files=plan.data.validation_files or plan.data.files, groups=())
+        slices, judged = everything, checked(read_training(validation, other, plan.unit), info)
+    check_enough(slices)
+    if plan.config.patience and judged is None:
+        raise ValueError(
+            f"training.patience is {plan.config.patience} and nothing is validated on: held_out is "
+            f"{plan.config.held_out} of {everything.subjects} subjects; give --validation, or patience = 0"
+        )
+    return slices, judged, info
 
 
 @dataclass(frozen=True)
@@ -175,45 +149,58 @@ class Job:
             f"validation slices: {judged}; {self.launcher.world} x {self.launcher.device.type}"
         )
 
-    def run(self, state: TrainingState, course: Course, workers: int, compiled: bool) -> None:
-        """Every step, with a checkpoint and a look at the validation after every ``every`` images."""
+    def run(self, state: TrainingState, course: Course, way: Way) -> None:
+        """Every step, with a checkpoint and a look at the validation at multiples of ``every`` images."""
         config = self.plan.config
-        steps = train(state, self.slices, config, self.info, self.launcher, self.dtype, workers, compiled)
-        mark, losses, began, before = state.seen + config.every, [], time.monotonic(), state.seen
-        with self._progress(state.seen) as bar, _interrupts() as stopped:
-            for state in steps:
-                losses.append(state.loss)
+        steps = train(state, self.slices, config, self.info, self.launcher, self.dtype, way.workers, way.compiled)
+        began, before = time.monotonic(), state.seen
+        with self._progress(state.seen) as bar, _interrupts() as caught:
+            while not self._done(state, course):
+                last = state.seen // config.every
+                state = next(steps)
+                course = course._replace(loss=course.loss + state.loss, steps=course.steps + 1)
                 bar.update(bar.task_ids[0], completed=state.seen, description=f"loss {state.loss:.4f}")
-                if state.seen >= mark or state.seen >= config.images:
-                    rate = (state.seen - before) / (time.monotonic() - began)
-                    course = self._look(state, course, float(np.mean(losses)), rate)
-                    mark, losses = state.seen + config.every, []
-                    if config.patience and course.stale >= config.patience:
-                        self.say(f"no better validation for {course.stale} looks: stopped at {state.seen} crops")
-                        return
-                if stopped:
+                if state.seen // config.every > last or state.seen >= config.images:
+                    course = self._look(state, course, (state.seen - before) / (time.monotonic() - began))
+                if self._shared(float(bool(caught))):
                     if self.launcher.rank == 0:
                         self._save(state, course)
                     raise KeyboardInterrupt
 
-    def _look(self, state: TrainingState, course: Course, loss: float, rate: float) -> Course:
-        """Validate, log, write the checkpoint, the prior and the pictures; only the first process writes."""
-        device = self.launcher.device
+    def _done(self, state: TrainingState, course: Course) -> bool:
+        patience = self.plan.config.patience
+        if patience and course.stale >= patience:
+            self.say(f"no better validation in the last {course.stale}: stopped at {state.seen} crops")
+            return True
+        if state.seen >= self.plan.config.images:
+            self.say(f"all {self.plan.config.images} crops are seen")
+            return True
+        return False
+
+    def _shared(self, value: float) -> float:
+        """The sum of a number over the processes, so that all decide alike."""
+        return float(self.launcher.total(torch.tensor(value, device=self.launcher.device)))
+
+    def _look(self, state: TrainingState, course: Course, rate: float) -> Course:
+        """Validate, log, write the prior, the checkpoint and the pictures: all by the first process."""
+        first = self.launcher.rank == 0
         prior = NetworkPrior(state.average.eval(), self.info, self.dtype)
-        judged = {} if self.judged is None else validate(prior, self.judged, self.info, device)
-        mean = float(np.mean(list(judged.values()))) if judged else float("nan")
-        better = not judged or mean < course.best
+        judged = {sigma: float("nan") for sigma in SIGMAS}
+        if first and self.judged is not None:
+            judged = validate(prior, self.judged, self.info, self.launcher.device)
+        mean = self._shared(float(np.mean(list(judged.values()))) if first else 0.0)
+        better = self.judged is None or mean < course.best
+        loss = course.loss / course.steps
         course = Course(mean, 0) if better else Course(course.best, course.stale + 1)
-        if self.launcher.rank == 0:
+        if first:
             named = {f"val_{sigma:g}": value for sigma, value in judged.items()}
-            self._log(
-                {"seen": state.seen, "step": state.step, "loss": loss, "val": mean, **named, "images_per_s": rate}
-            )
+            row = {"seen": state.seen, "step": state.step, "loss": loss, "val": mean}
+            _log(self.out / LOG_FILE, {**row, **named, "images_per_s": rate})
             if better or not self.plan.config.patience:
                 save(self.out / "prior", state.average, self.info, self._figures(state, judged))
-            plot(self.out / "progress.png", self.out / LOG_FILE, self.info.name)
-            dreams(self.out / "samples.png", prior, max(self.plan.config.crops), device)
             self._save(state, course)
+            plot(self.out / "progress.png", self.out / LOG_FILE, self.info.name)
+            dreams(self.out / "samples.png", prior, max(self.plan.config.crops), self.launcher.device)
             done = f"{state.seen} of {self.plan.config.images} crops"
             self.say(f"{done}: loss {loss:.4f}, validation {mean:.4f}, {rate:.1f} crops/s")
         self.launcher.wait()
@@ -225,10 +212,10 @@ class Job:
             "images_seen": state.seen,
             "steps": state.step,
             "training": self.recorded["training"],
-            "started_from": None if self.plan.first is None else self.plan.first.sha256,
+            "started_from": self.recorded["start"]["sha256"],
             "slices": len(self.slices.images),
             "subjects": self.slices.subjects,
-            "validation_loss": {f"{sigma:g}": value for sigma, value in judged.items()},
+            "validation_loss": {f"{sigma:g}": value for sigma, value in judged.items() if np.isfinite(value)},
         }
 
     def _save(self, state: TrainingState, course: Course) -> None:
@@ -239,6 +226,7 @@ class Job:
                 raise OSError(str(error).splitlines()[0]) from error
 
     def say(self, text: str) -> None:
+        """One line from the first process."""
         if self.launcher.rank == 0:
             self.console.print(text, highlight=False, soft_wrap=True)
 
@@ -249,23 +237,27 @@ class Job:
         bar.add_task("training", total=self.plan.config.images, completed=seen)
         return bar
 
-    def _log(self, row: dict[str, float]) -> None:
-        path = self.out / LOG_FILE
-        fresh = not path.exists()
+
+def _log(path: Path, row: dict[str, float]) -> None:
+    fresh = not path.exists()
+    try:
         with path.open("a", newline="") as f:
             writer = csv.DictWriter(f, fieldnames=list(row))
             if fresh:
                 writer.writeheader()
             writer.writerow(row)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
 
-    def keep_log(self, seen: int) -> None:
-        """Drop the rows behind the checkpoint that is resumed: they are written again."""
-        path = self.out / LOG_FILE
-        if not path.exists():
-            return
-        head, *rows = path.read_text().splitlines(keepends=True)
-        with whole_file(path) as part:
-            part.write_text(head + "".join(r for r in rows if int(r.split(",")[0]) <= seen))
+
+def _keep_log(path: Path, seen: int) -> None:
+    """Drop the rows behind the checkpoint that is resumed, which are written again, and what a kill tore."""
+    if not path.exists():
+        return
+    head, *rows = path.read_text().splitlines(keepends=True) or [""]
+    whole = [r for r in rows if r.endswith("\n") and r.count(",") == head.count(",")]
+    with whole_file(path) as part:
+        part.write_text(head + "".join(r for r in whole if int(r.split(",")[0]) <= seen))
 
 
 def _first(plan: Plan, state_file: Path | None, recorded: dict[str, Any]) -> tuple[TrainingState, Course]:
@@ -273,31 +265,41 @@ def _first(plan: Plan, state_file: Path | None, recorded: dict[str, Any]) -> tup
     if state_file is None:
         weights = None if plan.first is None else plan.first.network.state_dict()
         return start(plan.config, plan.network, weights), Course()
-    stored = torch.load(state_file, weights_only=True)
-    # A longer or shorter run may go on from the same state; anything else would be another run.
-    _refuse_other(stored["config"], recorded, free=("training", "images"))
-    return unpack(stored, plan.config, plan.network), Course(**stored.get("course", {}))
+    stored = read_torch(state_file)
+    try:
+        _refuse_other(stored["config"], recorded, state_file)
+        return unpack(stored, plan.config, plan.network), Course(**stored["course"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{state_file} is not the checkpoint of a training: it lacks {error}") from error
 
 
-def _refuse_other(stored: dict[str, Any], wanted: dict[str, Any], free: tuple[str, str]) -> None:
+def _refuse_other(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """A longer or shorter run may go on from the same state; anything else would be another run."""
     for table, fields in wanted.items():
         for name, value in fields.items():
-            old = stored[table].get(name, value)
-            if old != value and (table, name) != free:
-                raise ValueError(f"the checkpoint has {table}.{name} = {old}, the configuration {value}")
+            old = stored[table][name]
+            if old != value and (table, name) not in FREE:
+                raise ValueError(f"{path} is of another run: {table}.{name} is {old} there, {value} now")
 
 
 def _check_folder(out: Path, resume: bool) -> None:
     state_file = out / STATE_FILE
-    if state_file.exists() and not resume:
-        raise ValueError(f"{out} holds a run already; give --resume to go on with it, or another folder")
-    if resume and not state_file.exists():
-        raise ValueError(f"{out} holds no {STATE_FILE} to resume from")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a folder is wanted")
+    if state_file.exists() and not resume:
+        raise ValueError(f"{out} holds a run already; give --resume to go on with it, or another folder")
+    if resume and not state_file.is_file():
+        raise ValueError(f"{out} holds no {STATE_FILE} to resume from")
 
 
-def _check_disk(out: Path, parameters: int) -> None:
+def _prepare(out: Path, parameters: int) -> None:
+    """Make the folder, see that it has room, and remove what a killed run left half-written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for part in out.rglob(".part-*"):
+            part.unlink()
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}") from error
     free, needed = shutil.disk_usage(out).free, COPIES * parameters
     if free < needed:
         raise ValueError(f"{out} has {free / 1e6:.0f} MB free; this training keeps {needed / 1e6:.0f} MB there")

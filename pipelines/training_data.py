@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from invdiff.datasets import Volume, read_volume
+from invdiff.datasets import Volume, read_nifti, read_volume
 from invdiff.datasets.read import is_dicom
 from invdiff.priors.slices import Slices, read_slices
 
@@ -25,12 +25,16 @@ class DataConfig:
 
     Args:
         files: pattern of the file names, such as ``*_T1w.nii.gz``; all that are known if empty.
+        validation_files: pattern of the names in a validation folder; that of ``files`` if empty.
+        unit: of the voxels of NIfTI files, which do not say; if empty HU where any is below -500, else a.u.
         groups: data sets of the HDF5 files whose values together name a slice's group, such as a contrast.
         scale: physical unit of one grey value of an HDF5 file.
         quantile: of the non-zero voxels of an MR volume, which becomes 1: magnitudes have no unit of their own.
     """
 
     files: str = ""
+    validation_files: str = ""
+    unit: str = ""
     groups: tuple[str, ...] = ()
     scale: float = 1.0
     quantile: float = 0.999
@@ -53,19 +57,22 @@ def read_training(folder: Path, config: DataConfig, unit: str) -> Slices:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; one with HDF5, NIfTI or DICOM files is wanted")
-    files = sorted(p for p in folder.rglob(config.files or "*") if p.is_file())
+    try:
+        files = sorted(p for p in folder.rglob(config.files or "*") if p.is_file())
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"data.files is {config.files!r}, which is no pattern: {error}") from error
     hdf5 = [p for p in files if p.suffix in HDF5]
     if hdf5:
         return read_slices(hdf5, config.groups, config.scale)
     images: list[NDArray[Any]] = []
     subject, pixel, source = [], [], []
     for path in _volumes(files):
-        volume = read_volume(path)
+        volume = read_nifti(path, config.unit or None) if path.is_file() else read_volume(path)
         if volume.unit != unit:
             raise ValueError(f"{path} is in {volume.unit}, the prior in {unit}; volumes of one unit are wanted")
         found = _images(volume, config.quantile, path)
         images += list(found)
-        parts = path.relative_to(folder).parts
+        parts = path.relative_to(folder).parts or (folder.name,)
         subject += [parts[0]] * len(found)
         pixel += [sum(volume.spacing_mm[1:]) / 2] * len(found)
         source += [str(path)] * len(found)
@@ -88,8 +95,12 @@ def _images(volume: Volume, quantile: float, path: Path) -> NDArray[Any]:
         raise ValueError(f"{path} has {volume.data.shape[1]} channels; 1 is wanted")
     data = volume.data[:, 0].numpy()
     if volume.unit == "HU":
-        return data.clip(PADDING_HU).round().astype(np.int16)
+        return data.clip(PADDING_HU, np.iinfo(np.int16).max).round().astype(np.int16)
     inside = data[data != 0]
-    if not inside.size:
-        raise ValueError(f"{path} is zero throughout; an image is wanted")
-    return (data / np.quantile(inside, quantile)).astype(np.float16)
+    one = float(np.quantile(inside, quantile)) if inside.size else 0.0
+    if one <= 0 or data.max() / one > np.finfo(np.float16).max:
+        raise ValueError(
+            f"{path}: the {quantile:g} quantile of its non-zero voxels is {one:g}, the largest {data.max():g}; "
+            "an image of magnitudes is wanted"
+        )
+    return (data / one).astype(np.float16)

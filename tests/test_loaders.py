@@ -269,7 +269,7 @@ def test_what_a_folder_does_not_say_is_asked_for(tmp_path: Path) -> None:
         (SIDECAR + "[other]", "has 'other'; the tables prior, schedule and network are known"),
         ('unit = "HU"', "has 'unit'"),
         ("[prior", "cannot be read as TOML"),
-        (SIDECAR + "data_range = [1]", "two values"),
+        (SIDECAR + "data_range = [1]", "tuple\\[float, float\\] is wanted"),
         (SIDECAR + '[schedule]\npredicts = "noise"', "invdiff.toml: predicts 'noise' is not known"),
     ):
         sidecar.write_text(text)

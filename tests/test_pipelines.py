@@ -173,7 +173,7 @@ def bad_measurement(tmp_path: Path, **change: Any) -> Path:
         ("degrees", "degrees"),
         ("shape", "the measurement has shape (5, 1, 11, "),
         ("prior unit", "is in a.u., the operator acts on 1/mm"),
-        ("other checkpoint", "is not a checkpoint that can be read"),
+        ("other checkpoint", "is truncated or not what torch.save writes"),
         ("no folder", "the folder"),
         ("output is a text file", "ends in '.txt'"),
         ("arc", "the arc is 400"),

@@ -13,7 +13,7 @@ from invdiff.datasets import block_mean, read_volume
 from invdiff.metrics import compare
 from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
 from invdiff.pipelines.simulate import Simulation, simulate
-from invdiff.pipelines.train import run
+from invdiff.pipelines.train import Way, run
 from invdiff.pipelines.training_data import DataConfig, read_training
 from invdiff.priors import NoPrior, PriorInfo, load
 from invdiff.priors.launch import Alone
@@ -77,9 +77,8 @@ def test_fine_tuning_on_one_date_helps_at_another(tmp_path: Path) -> None:
     for name in ("T1W", "T2W", "FLAIR"):
         (tmp_path / "data" / f"{name}.nii.gz").symlink_to(MR / "ljubljana_ms_patient01" / f"study1_{name}.nii.gz")
     config = tmp_path / "tune.toml"
-    text = (ROOT / "examples" / "fine-tune.toml").read_text()
-    config.write_text(text.replace("patience = 3", "held_out = 0.0"))
-    run(config, tmp_path / "data", tmp_path / "run", False, Console(quiet=True))
+    config.write_text((ROOT / "examples" / "fine-tune.toml").read_text() + "held_out = 0.0\n")
+    run(config, tmp_path / "data", tmp_path / "run", False, Console(quiet=True), Way())
     before, after = load("brain-mr"), load(tmp_path / "run" / "prior")
     data = DataConfig(files="study2_*.nii.gz")
     other = read_training(MR / "ljubljana_ms_patient01", data, before.info.unit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -27,7 +28,17 @@ from invdiff.priors.launch import Alone
 from invdiff.priors.model import NetworkPrior
 from invdiff.priors.network import UNet, UNetConfig
 from invdiff.priors.slices import Slices, checked, draw_crop, read_slices, split
-from invdiff.priors.training import Steps, TrainingConfig, learning_rate, pack, start, train, unpack, validate
+from invdiff.priors.training import (
+    Steps,
+    TrainingConfig,
+    learning_rate,
+    pack,
+    part_loss,
+    start,
+    train,
+    unpack,
+    validate,
+)
 
 SMALL = UNetConfig(unshuffle=2, channels=(8, 16), blocks=(1, 1), norm_groups=4)
 INFO = PriorInfo("toy", "HU", -1000.0, 1000.0, 0.01, 50.0, 0.5, (1.0, 2.0))
@@ -103,19 +114,45 @@ def test_parts_of_a_step_make_the_whole(tmp_path: Path) -> None:
                 assert parts[k % world].sigma[k // world] == whole.sigma[k]
 
 
+def test_gradients_of_the_parts_average_to_that_of_the_whole(tmp_path: Path) -> None:
+    """What DDP averages, world times each part's loss, is the gradient of the batch's mean loss."""
+    slices = read_slices([slices_file(tmp_path / "a.h5")])
+
+    def gradient(world: int) -> torch.Tensor:
+        total = torch.zeros(())
+        for rank in range(world):
+            network = start(TOY, SMALL).network
+            loss = world * part_loss(network, Steps(slices, TOY, INFO, rank, world)[0], INFO, None)
+            loss.backward()
+            total = total + torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]) / world
+        return total
+
+    whole = gradient(1)
+    for world in (2, 3, 5):
+        torch.testing.assert_close(gradient(world), whole, atol=1e-6, rtol=1e-4)
+
+
 def test_two_processes_train_as_one(words: list[object], tmp_path: Path) -> None:
-    logs = []
+    config = tmp_path / "toy.toml"
+    config.write_text(TOML.replace("batches = [4]", "batches = [3]") + "warmup = 1\nrate = 1e-3\n")
     for name, processes in (("one", 0), ("two", 2)):
         line = command(*words[:-1], tmp_path / name, "--dtype", "float32", processes=processes)
         done = subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD, timeout=240)
         assert done.returncode == 0, done.stderr
         assert f"{processes or 1} x cpu" in done.stdout
+    logs = []
+    for name in ("one", "two"):
         with (tmp_path / name / "log.csv").open(newline="") as f:
             logs.append(list(csv.DictReader(f)))
     assert len(logs[0]) == len(logs[1]) == 3
     for ours, theirs in zip(*logs, strict=True):
         for key in ours.keys() - {"images_per_s"}:
             assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-4), key
+    fresh = start(pipeline.plan_of(config).config, pipeline.plan_of(config).network).network.state_dict()
+    states = [torch.load(tmp_path / n / "state.pt", weights_only=True)["network"] for n in ("one", "two")]
+    moved = [torch.cat([(s[key] - fresh[key]).flatten() for key in fresh]) for s in states]
+    assert float(moved[0].abs().max()) > 5e-3
+    assert float((moved[0] - moved[1]).norm() / moved[0].norm()) < 0.01  # of two random walks it would be 1.4
 
 
 def test_a_killed_run_resumes_exactly(words: list[object], tmp_path: Path) -> None:
@@ -137,7 +174,7 @@ def test_a_killed_run_resumes_exactly(words: list[object], tmp_path: Path) -> No
     assert all(torch.equal(a[k], b[k]) for k in a)
     rows = [(tmp_path / n / "log.csv").read_text().splitlines() for n in ("whole", "cut")]
     assert [r.rsplit(",", 1)[0] for r in rows[0]] == [r.rsplit(",", 1)[0] for r in rows[1]]  # but for the speed
-    assert not list((tmp_path / "cut").glob(".part-*/*"))
+    assert not list((tmp_path / "cut").rglob(".part-*"))
 
 
 def test_an_interrupt_finishes_the_step_and_keeps_it(words: list[object], tmp_path: Path, monkeypatch: Any) -> None:
@@ -149,14 +186,21 @@ def test_an_interrupt_finishes_the_step_and_keeps_it(words: list[object], tmp_pa
                 os.kill(os.getpid(), signal.SIGINT)
             yield state
 
+    given = words[1], words[3], words[5]
+    quiet = pipeline.Console(quiet=True)
     monkeypatch.setattr(pipeline, "train", interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run(words[1], words[3], words[5], False, pipeline.Console(quiet=True))  # type: ignore[arg-type]
+            pipeline.run(*given, False, quiet, pipeline.Way())  # type: ignore[arg-type]
     finally:
         signal.signal(signal.SIGINT, handler)
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
+    monkeypatch.undo()
+    pipeline.run(*given, True, quiet, pipeline.Way())  # type: ignore[arg-type]
+    pipeline.run(words[1], words[3], tmp_path / "whole", False, quiet, pipeline.Way())  # type: ignore[arg-type]
+    rows = [(tmp_path / n / "log.csv").read_text().splitlines() for n in ("whole", "run")]
+    assert [r.rsplit(",", 1)[0] for r in rows[0]] == [r.rsplit(",", 1)[0] for r in rows[1]]  # but for the speed
 
 
 def test_training_draws_by_subject_in_prior_units(tmp_path: Path) -> None:
@@ -263,7 +307,19 @@ def test_train_makes_a_prior_and_a_record(words: list[object], tmp_path: Path, h
     assert here(*words, "--resume")[0] == 0
     config.write_text(TOML.replace("crops = [16]", "crops = [12]"))
     code, message = here(*words, "--resume")
-    assert code == 2 and "training.crops" in message
+    assert code == 2 and "is of another run: training.crops is (16,) there, (12,) now" in message
+    config.write_text(TOML)
+    (tmp_path / "other").mkdir()
+    slices_file(tmp_path / "other" / "a.h5", subjects=4)
+    assert "is of another run: data." in here(*words, "--resume", "--validation", tmp_path / "other")[1]
+    slices_file(tmp_path / "data" / "b.h5", subject=[b"other"] * 12)
+    assert "is of another run: data." in here(*words, "--resume")[1]
+    (tmp_path / "data" / "b.h5").unlink()
+    good = (tmp_path / "run" / "state.pt").read_bytes()
+    for torn in (b"", b"junk", good[: len(good) // 2]):
+        (tmp_path / "run" / "state.pt").write_bytes(torn)
+        assert "state.pt is truncated or not what torch.save writes" in here(*words, "--resume")[1]
+    (tmp_path / "run" / "state.pt").write_bytes(good)
     assert load(tmp_path / "run" / "prior").info.pixel_mm == (1.5, 1.5)
     dreamt = ["sample", "--prior", tmp_path / "run" / "prior", "--size", 16, "--count", 2, "--steps", 2]
     assert here(*dreamt, "-o", tmp_path / "sheet.png")[0] == 0
@@ -272,7 +328,7 @@ def test_train_makes_a_prior_and_a_record(words: list[object], tmp_path: Path, h
 def test_another_folder_may_be_validated_on(words: list[object], tmp_path: Path, here: Any) -> None:
     (tmp_path / "other").mkdir()
     write_nifti(tmp_path / "other" / "ct.nii.gz", smooth((9, 20, 24), "HU"))
-    (tmp_path / "toy.toml").write_text("[data]\nfiles = 'a*.h5'\n" + TOML)
+    (tmp_path / "toy.toml").write_text("[data]\nfiles = 'a*.h5'\nvalidation_files = '*.gz'\n" + TOML)
     assert here(*words, "--validation", tmp_path / "other")[0] == 0
     with (tmp_path / "run" / "log.csv").open(newline="") as f:
         assert all(float(row["val_0.5"]) > 0 for row in csv.DictReader(f))
@@ -334,9 +390,12 @@ def test_volumes_become_slices_in_the_priors_unit(tmp_path: Path) -> None:
     assert read_training(tmp_path, DataConfig(files="t1.nii.gz"), "a.u.").subjects == 2
 
 
-def test_dicom_series_are_read(tmp_path: Path) -> None:
-    write_dicom(tmp_path / "patient", smooth((4, 12, 10), "HU"))
-    slices = read_training(tmp_path, DataConfig(), "HU")
+@pytest.mark.parametrize("folder", ["", "patient"])
+def test_dicom_series_are_read(folder: str, tmp_path: Path) -> None:
+    if folder:
+        (tmp_path / "data").mkdir()
+    write_dicom(tmp_path / "data" / folder, smooth((4, 12, 10), "HU"))
+    slices = read_training(tmp_path / "data", DataConfig(), "HU")
     assert len(slices.images) == 4 and slices.images[0].dtype == np.int16
     assert -801 < slices.images[0].min() < slices.images[0].max() < 201
 
@@ -351,13 +410,30 @@ def test_dicom_series_are_read(tmp_path: Path) -> None:
         ("lengths", "the lengths are {'slices': 12, 'subject': 11, 'pixel_mm': 12}; (n h w) and n are wanted"),
         ("too few", "there are 4 slices to train on; at least 8 are wanted"),
         ("constant", "a.h5: all of its 12 slices are constant; images are wanted"),
+        ("air in one file only", "its lowest values are"),
+        ("two units under one name", "its values run from"),
+        ("extreme int16", "its values run from"),
+        ("no slice", "there are no slices"),
+        ("nothing left to train on", "there are 4 slices to train on; at least 8 are wanted"),
+        ("patience without validation", "training.patience is 2 and nothing is validated on"),
+        ("negative magnitudes", "an image of magnitudes is wanted"),
+        ("output below a file", "cannot be written: Not a directory"),
+        ("table that is none", "has 'training'; the tables data, prior, network, training, start are known"),
+        ("text for a number", "prior.low is 'a' (str); float is wanted"),
+        ("text in a tuple", "training.crops is ['a'] (list); tuple[int, ...] is wanted"),
+        ("zero ema", "ema is 0; at least 1 is wanted"),
+        ("negative seed", "seed is -1; 0 or more is wanted"),
+        ("pattern that is none", "data.files is '/x/*', which is no pattern"),
+        ("no such device", "device 'nonesuch' is not available here"),
+        ("half precision", "dtype 'float16' is too narrow for gradients"),
+        ("small disk", "cannot be written"),
         ("nan", "a.h5 holds NaN or infinite values; finite ones are wanted"),
         ("other scale", "a.h5: its values run from"),
         ("mixed units", "is in a.u., the prior in HU; volumes of one unit are wanted"),
         ("two channels", "has 2 channels; 1 is wanted"),
         ("full disk", "MB free; this training keeps"),
         ("disk full at the first checkpoint", "state.pt cannot be written: No space left on device"),
-        ("wrong table", "has a table 'netwrok'; there are: data, prior, network, training, start"),
+        ("wrong table", "has 'netwrok'; the tables data, prior, network, training, start are known"),
         ("wrong field", "network has no field 'layers'; its fields are:"),
         ("colour", "network.image_channels is 3; slices have 1"),
         ("other parameterisation", "prior.parameterisation is 'eps'; training is in 'edm'"),
@@ -368,7 +444,7 @@ def test_dicom_series_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_gets_one_sentence(
-    case: str, said: str, words: list[object], tmp_path: Path, here: Any, monkeypatch: Any
+    case: str, said: str, words: list[object], tmp_path: Path, here: Any, monkeypatch: Any, request: Any
 ) -> None:
     data, config = tmp_path / "data", tmp_path / "toy.toml"
     rng, more = np.random.default_rng(0), []
@@ -389,6 +465,47 @@ def test_bad_input_gets_one_sentence(
         slices_file(data / "a.h5", slices=np.ones((12, 24, 24)) * np.arange(12)[:, None, None])
     elif case == "nan":
         slices_file(data / "a.h5", slices=np.where(rng.random((12, 24, 24)) < 0.1, np.nan, rng.random((12, 24, 24))))
+    elif case == "air in one file only":
+        slices_file(data / "b.h5", slices=rng.normal(-700, 300, (12, 24, 24)))
+        slices_file(data / "a.h5", slices=rng.normal(400, 100, (12, 24, 24)))
+    elif case == "two units under one name":
+        (data / "other").mkdir()
+        slices_file(data / "other" / "a.h5", slices=rng.random((12, 24, 24)) * 0.04)
+    elif case == "extreme int16":
+        slices_file(data / "a.h5", slices=rng.choice([-10240, 30000], (12, 24, 24)).astype(np.int16))
+    elif case == "no slice":
+        slices_file(data / "a.h5", slices=np.zeros((0, 24, 24)), subject=np.zeros(0, "S1"), pixel_mm=np.zeros(0))
+    elif case == "nothing left to train on":
+        slices_file(data / "a.h5", subjects=2)
+    elif case == "patience without validation":
+        config.write_text(TOML.replace("held_out = 0.34", "held_out = 0.0\npatience = 2"))
+    elif case == "negative magnitudes":
+        (data / "a.h5").unlink()
+        config.write_text(TOML.replace("HU", "a.u."))
+        write_nifti(data / "mr.nii", replace(smooth((9, 20, 20), "a.u."), data=-smooth((9, 20, 20), "a.u.").data))
+    elif case == "output below a file":
+        words[5] = config / "run"
+    elif case == "table that is none":
+        config.write_text("training = 5\n")
+    elif case == "text for a number":
+        config.write_text(TOML.replace("low = -1000", 'low = "a"'))
+    elif case == "text in a tuple":
+        config.write_text(TOML.replace("crops = [16]", 'crops = ["a"]'))
+    elif case == "zero ema":
+        config.write_text(TOML + "ema = 0\n")
+    elif case == "negative seed":
+        config.write_text(TOML + "seed = -1\n")
+    elif case == "pattern that is none":
+        config.write_text("[data]\nfiles = '/x/*'\n" + TOML)
+    elif case == "no such device":
+        more = ["--device", "nonesuch"]
+    elif case == "half precision":
+        more = ["--dtype", "float16"]
+    elif case == "small disk":
+        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1e12})())
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        monkeypatch.setattr(pipeline, "train", limited(pipeline.train, limits[1]))
+        request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     elif case == "other scale":
         slices_file(data / "a.h5", slices=rng.random((12, 24, 24)))
     elif case in ("mixed units", "two channels"):
@@ -425,6 +542,18 @@ def test_bad_input_gets_one_sentence(
     assert code == 2 and said in message, message
     assert message.startswith("invdiff: ") and "Traceback" not in message
     assert not list(tmp_path.rglob(".part-*")) and not list(tmp_path.rglob("state.pt"))
+
+
+def limited(original: Any, hard: int) -> Any:
+    """``train`` on a disk on which no file may grow beyond 2 kB from the first step on."""
+
+    def steps(*given: Any) -> Any:
+        for state in original(*given):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+            yield state
+
+    return steps
 
 
 def test_constant_slices_of_a_varied_file_are_left_out(tmp_path: Path) -> None:

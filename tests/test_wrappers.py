@@ -114,8 +114,35 @@ def test_a_superposition_without_densities_finds_them() -> None:
     torch.testing.assert_close(found.log_density(x, SIGMAS), exact.log_density(x, SIGMAS), atol=0.03, rtol=1e-3)
     alone = found.denoise(x[1:2], SIGMAS[1])
     torch.testing.assert_close(alone, found.denoise(x, SIGMAS)[1:2], atol=1e-5, rtol=1e-5)
-    fixed = Superposed(priors, temperature=0.0).denoise(x, SIGMAS)
-    torch.testing.assert_close(fixed, (priors[0].denoise(x, SIGMAS) + priors[1].denoise(x, SIGMAS)) / 2)
+    fixed = Superposed(priors, (0.9, 0.1), temperature=0.0).denoise(x, SIGMAS)
+    torch.testing.assert_close(fixed, 0.9 * priors[0].denoise(x, SIGMAS) + 0.1 * priors[1].denoise(x, SIGMAS))
+
+
+def test_gradients_of_a_superposition() -> None:
+    """Exact with the priors' own densities; with integrated ones the shares are held fixed."""
+    priors = [diagonal(0.2, 0.5), diagonal(-0.1, 0.3)]
+    x = (0.4 * noisy((2, 1, 3, 4))).double()
+
+    def total(prior: Any, at: Tensor) -> Tensor:
+        return prior.denoise(at, torch.tensor(0.4)).sum()
+
+    exact = Superposed(priors, (0.6, 0.4))
+    leaf = x.clone().requires_grad_()
+    total(exact, leaf).backward()
+    step = torch.zeros_like(x)
+    step[1, 0, 2, 3] = 1e-5
+    assert leaf.grad is not None
+    slope = (total(exact, x + step) - total(exact, x - step)) / 2e-5
+    assert float(leaf.grad[1, 0, 2, 3]) == pytest.approx(float(slope), rel=1e-5)
+    leaf = x.clone().requires_grad_()
+    total(Superposed([Silent(p) for p in priors], (0.6, 0.4), levels=24), leaf).backward()
+    logs = torch.stack(
+        [math.log(w) + p.log_density(x, torch.tensor(0.4)) for w, p in zip((0.6, 0.4), priors, strict=True)]
+    )
+    gains = torch.stack([(p.variances / (p.variances + 0.16)).view(1, 1, 3, 4) for p in priors])
+    wanted = (logs.softmax(0).view(2, 2, 1, 1, 1) * gains).sum(0)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, wanted, atol=2e-3, rtol=2e-3)
 
 
 def test_an_ill_fit_is_refused() -> None:

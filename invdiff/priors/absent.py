@@ -6,6 +6,7 @@ from torch import Tensor
 
 from invdiff.priors.model import PriorInfo
 
+SIGMAS = (1e-6, 1e6)  # any noise level: there is nothing to denoise with
 CT_RANGE = (-1000.0, 2000.0)  # HU: air to dense bone
 
 
@@ -23,7 +24,7 @@ class NoPrior:
         self, unit: str = "HU", low: float = CT_RANGE[0], high: float = CT_RANGE[1], channels: int = 1
     ) -> None:
         self.channels = channels
-        self.info = PriorInfo("none", unit, low, high, 0.0, 0.0, 1.0, (0.0, 0.0))
+        self.info = PriorInfo("none", unit, low, high, SIGMAS[0], SIGMAS[1], 1.0, (0.0, 0.0))
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Refused.

@@ -29,12 +29,16 @@ def log_density(prior: Prior, x: Tensor, sigma: Tensor, levels: int = 16, probes
         sigma: noise level, () or (s), below 100.
         levels: Gauss-Legendre nodes in ln sigma; one evaluation and one gradient a node.
         probes: random sign vectors of Hutchinson's estimate of div D; the same for every slice, prior and call.
+
+    Returns:
+        ln p, without a gradient where it is integrated.
     """
     own = getattr(prior, "log_density", None)
     if own is not None:
         known: Tensor = own(x, sigma)
         return known
-    low = sigma.to(x).expand(x.shape[0]).log()
+    x = x.detach()
+    low = sigma.detach().to(x).expand(x.shape[0]).log()
     half = (math.log(HIGHEST) - low) / 2
     result = _at_the_top(prior, x)
     for node, weight in zip(*np.polynomial.legendre.leggauss(levels), strict=True):
@@ -45,7 +49,8 @@ def log_density(prior: Prior, x: Tensor, sigma: Tensor, levels: int = 16, probes
 
 def _at_the_top(prior: Prior, x: Tensor) -> Tensor:
     """ln N(x; D(x), HIGHEST^2 I)."""
-    mean = prior.denoise(x, torch.tensor(HIGHEST, device=x.device))
+    with torch.no_grad():
+        mean = prior.denoise(x, torch.tensor(HIGHEST, device=x.device))
     n = x[0].numel()
     square = (x - mean).square().sum(dim=(1, 2, 3))
     return -n / 2 * math.log(2 * math.pi * HIGHEST**2) - square / (2 * HIGHEST**2)
@@ -55,7 +60,7 @@ def _slope(prior: Prior, x: Tensor, level: Tensor, probes: int) -> Tensor:
     """d ln p / d ln sigma at a level a slice, (s)."""
     divergence = torch.zeros(x.shape[0], device=x.device)
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
+        leaf = x.clone().requires_grad_()
         denoised = prior.denoise(leaf, level)
         for k in range(probes):
             generator = torch.Generator().manual_seed(k)

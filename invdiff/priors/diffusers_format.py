@@ -106,9 +106,10 @@ def parameterisation(file: Path) -> Parameterisation:
     kind = str(config.get("_class_name", "")).removesuffix("Scheduler")
     steps, predicts = config.get("num_train_timesteps", 1000), config.get("prediction_type", "epsilon")
     if kind == "ScoreSdeVe":
-        return Predicts("score", VarianceExploding(config["sigma_min"], config["sigma_max"]))
+        low, high = _numbers(config, file, "sigma_min", "sigma_max")
+        return Predicts("score", VarianceExploding(low, high))
     if kind in ("EDMEuler", "EDMDPMSolverMultistep") and predicts == "epsilon":
-        return EDM(config["sigma_data"], config["sigma_min"], config["sigma_max"])
+        return EDM(*_numbers(config, file, "sigma_data", "sigma_min", "sigma_max"))
     if kind == "FlowMatchEulerDiscrete":
         return Predicts("velocity", Flow(label_scale=float(steps)))
     special = {"timestep_type": "continuous", "use_flow_sigmas": True, "rescale_betas_zero_snr": True}
@@ -119,6 +120,13 @@ def parameterisation(file: Path) -> Parameterisation:
             f"read: write the table [schedule] into {file.parent.parent / SIDECAR}"
         )
     return Predicts(PREDICTIONS[predicts], _betas(config, file, steps))
+
+
+def _numbers(config: Mapping[str, Any], file: Path, *names: str) -> list[float]:
+    for name in names:
+        if not isinstance(config.get(name), int | float):
+            raise ValueError(f"{file} has {name} = {config.get(name)!r}; a number is wanted")
+    return [float(config[name]) for name in names]
 
 
 def _betas(config: Mapping[str, Any], file: Path, steps: int) -> Discrete:

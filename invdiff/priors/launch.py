@@ -63,7 +63,7 @@ class Together:
         device: kind of device, such as ``cpu`` or ``cuda``; each process takes its own.
 
     Raises:
-        ValueError: lightning-fabric is not installed.
+        ValueError: lightning-fabric is not installed, or something other than torchrun started the process.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -71,6 +71,8 @@ class Together:
             from lightning_fabric import Fabric
         except ImportError as error:
             raise ValueError('several processes need lightning-fabric: pip install "invdiff[train]"') from error
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            raise ValueError("WORLD_SIZE is set and LOCAL_WORLD_SIZE is not: start several processes with torchrun")
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // local
         self._fabric = Fabric(accelerator=device.split(":")[0], devices=local, num_nodes=nodes, strategy="ddp")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invdiff.config import find, registered
+from invdiff.config import build, find, registered
 from invdiff.files import sha256_of, whole_file
 from invdiff.priors.description import Description
 from invdiff.priors.network import UNet, UNetConfig
@@ -54,10 +54,23 @@ class PriorInfo:
         object.__setattr__(self, "pixel_mm", tuple(self.pixel_mm))
         if not self.low < self.high:
             raise ValueError(f"the range of prior {self.name!r} is [{self.low}, {self.high}]; low must be below high")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"prior {self.name!r} has noise levels from {self.sigma_min} to {self.sigma_max}; "
+                "0 < sigma_min < sigma_max is wanted"
+            )
         if self.parameterisation not in PREDICTS:
             raise ValueError(
                 f"parameterisation {self.parameterisation!r} is not known; there are: {', '.join(PREDICTS)}"
             )
+
+    def in_prior_units(self, x: Tensor) -> Tensor:
+        """Physical values in prior units: -1 and +1 at the ends of the range."""
+        return (x - (self.high + self.low) / 2) / ((self.high - self.low) / 2)
+
+    def in_physical_units(self, x: Tensor) -> Tensor:
+        """Prior units in the physical unit."""
+        return x * ((self.high - self.low) / 2) + (self.high + self.low) / 2
 
 
 class NetworkPrior:
@@ -133,16 +146,24 @@ def save(folder: Path, network: UNet, info: PriorInfo, extra: dict[str, Any] | N
         extra: more keys for config.json, such as training figures.
 
     Raises:
-        ValueError: another parameterisation than EDM, which ``load`` would not read.
+        ValueError: another parameterisation than EDM, which ``load`` would not read; weights that float16 does not
+            hold; a folder that cannot be written to.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     _refuse_other_than_edm(info, folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().half().cpu().contiguous() for name, value in network.state_dict().items()}
     weights = folder / WEIGHTS_FILE
+    bad = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise ValueError(f"{folder}: the weights {bad[0]!r} are not finite in float16; the training has diverged")
     with whole_file(weights) as part:
-        save_file(tensors, part)
+        try:
+            save_file(tensors, part)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
     sha256 = sha256_of([weights])
     document = {"prior": asdict(info), "network": asdict(network.config), "sha256": sha256, **(extra or {})}
     with whole_file(folder / CONFIG_FILE) as part:
@@ -208,15 +229,19 @@ def _own(folder: Path) -> NetworkPrior:
         document = json.loads((folder / CONFIG_FILE).read_text())
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE} cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{folder / CONFIG_FILE} holds no table; it was not written by invdiff train")
     lacking = [key for key in ("prior", "network", "sha256") if key not in document]
     if lacking:
         raise ValueError(f"{folder / CONFIG_FILE} lacks {lacking[0]!r}; it was not written by invdiff train")
     sha256 = sha256_of([weights])
     if sha256 != document["sha256"]:
-        raise ValueError(f"{weights} has sha256 {sha256[:12]}..., {CONFIG_FILE} names {document['sha256'][:12]}...")
-    info = PriorInfo(**document["prior"])
+        raise ValueError(
+            f"{weights} has sha256 {sha256[:12]}..., {CONFIG_FILE} names {str(document['sha256'])[:12]}..."
+        )
+    info = build(PriorInfo, document["prior"], f"{folder / CONFIG_FILE}: prior")
     _refuse_other_than_edm(info, folder)
-    network = UNet(UNetConfig(**document["network"]))
+    network = UNet(build(UNetConfig, document["network"], f"{folder / CONFIG_FILE}: network"))
     load_weights(network, state_dict_of(weights), weights)  # copied into float32 parameters
     return NetworkPrior(network.eval().requires_grad_(False), info, None, sha256)
 
@@ -228,12 +253,12 @@ def _refuse_other_than_edm(info: PriorInfo, folder: Path) -> None:
 
 def ct() -> NetworkPrior:
     """The shipped CT prior: axial slices in HU."""
-    return load("ct")
+    return _own(SHIPPED / "ct")
 
 
 def brain_mr() -> NetworkPrior:
     """The shipped brain MR prior: axial magnitude slices, T1, T2 and FLAIR, with and without skull."""
-    return load("brain-mr")
+    return _own(SHIPPED / "brain-mr")
 
 
 def shipped() -> list[str]:

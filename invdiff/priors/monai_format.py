@@ -122,17 +122,21 @@ def _configurations(folder: Path) -> list[Path]:
 
 def _document(file: Path) -> dict[str, Any]:
     try:
-        if file.suffix == ".json":
-            document = json.loads(file.read_text())
-        else:
-            import yaml
-
-            document = yaml.safe_load(file.read_text())
-    except ImportError as error:
-        raise ValueError(f'{file} needs PyYAML, which is not installed: pip install "invdiff[bundles]"') from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        document = json.loads(file.read_text()) if file.suffix == ".json" else _yaml(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     return document if isinstance(document, dict) else {}
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError('PyYAML is not installed: pip install "invdiff[bundles]"') from error
+    try:
+        return yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _targets(value: Any) -> Iterator[dict[str, Any]]:

@@ -37,6 +37,8 @@ class UNetConfig:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if len(self.channels) != len(self.blocks):
             raise ValueError(f"channels {self.channels} and blocks {self.blocks} must have one value a level each")
+        if min(self.image_channels, self.unshuffle, self.norm_groups, *self.channels, *self.blocks) < 1:
+            raise ValueError(f"{self}: every size must be at least 1")
         if any(c % self.norm_groups for c in self.channels):
             raise ValueError(f"channels {self.channels} must be multiples of norm_groups {self.norm_groups}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,8 @@ from torch import Tensor
 from invdiff.priors.model import PriorInfo
 
 GAMMA = (0.7, 1.4)  # powers between which the grey values of some images are raised
+LOOKED_AT = 32  # slices of a file whose values are looked at, about
+AIR_BELOW = -500.0  # HU: a CT file that has no value below has no air
 FEWEST = 8  # slices below which a training would only learn them by heart
 EXTREMES = (0.1, 99.9)  # percentiles between which a file's grey values are taken to lie
 SUM_TOLERANCE = 1e-6  # of shares that sum to 1
@@ -58,11 +61,15 @@ class Drawing:
             raise ValueError(
                 f"crops {self.crops}, batches {self.batches} and shares {self.shares} must be equally long"
             )
-        if min(self.crops) < 1 or min(self.batches) < 1 or abs(sum(self.shares) - 1) > SUM_TOLERANCE:
+        sound = self.crops and min(self.crops) > 0 and min(self.batches) > 0 and min(self.shares) >= 0
+        if not sound or abs(sum(self.shares) - 1) > SUM_TOLERANCE:
             raise ValueError(
                 f"crops {self.crops}, batches {self.batches} and shares {self.shares}: "
                 "at least 1, at least 1 and a sum of 1 are wanted"
             )
+        for name in ("warp", "rotate", "scale", "gamma", "brightness", "group_power", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is wanted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +120,7 @@ class Slices:
 
     def in_prior_units(self, index: int, info: PriorInfo) -> Tensor:
         """One slice (1 h w), -1 and +1 at the ends of the prior's range."""
-        image = self.scale * np.asarray(self.images[index], np.float32)[None]
-        return (torch.from_numpy(image) - (info.high + info.low) / 2) / ((info.high - info.low) / 2)
+        return info.in_prior_units(torch.from_numpy(self.scale * np.asarray(self.images[index], np.float32)[None]))
 
 
 def read_slices(paths: Sequence[Path], groups: Sequence[str] = (), scale: float = 1.0) -> Slices:
@@ -126,8 +132,8 @@ def read_slices(paths: Sequence[Path], groups: Sequence[str] = (), scale: float 
         scale: physical unit of one grey value.
 
     Raises:
-        ValueError: no file, one that is no HDF5, a missing data set, data sets of different lengths, or slices of
-            different sizes.
+        ValueError: no file or no slice, a file that is no HDF5, a missing data set, data sets of different lengths, or
+            slices of different sizes.
     """
     if not paths:
         raise ValueError("no training files were given")
@@ -135,12 +141,14 @@ def read_slices(paths: Sequence[Path], groups: Sequence[str] = (), scale: float 
     if len({f["slices"].shape[1:] for f in files}) > 1:
         raise ValueError(f"slices differ in size: {sorted({f['slices'].shape[1:] for f in files})}")
     images, pixel = (np.concatenate([f[name] for f in files]) for name in ("slices", "pixel_mm"))
+    if not len(images):
+        raise ValueError(f"there are no slices in {', '.join(map(str, paths))}")
     _, subject = np.unique(np.concatenate([f["subject"].astype("S") for f in files]), return_inverse=True)
     group = np.zeros(len(images), np.int64)
     for name in groups:  # each further data set splits the groups so far
         _, number = np.unique(np.concatenate([f[name].astype("S") for f in files]), return_inverse=True)
         _, group = np.unique(group * (number.max() + 1) + number, return_inverse=True)
-    source = [path.name for path, f in zip(paths, files, strict=True) for _ in f["slices"]]
+    source = [str(path) for path, f in zip(paths, files, strict=True) for _ in f["slices"]]
     return Slices(images, subject, pixel, group, scale, source)
 
 
@@ -163,29 +171,30 @@ def _read_file(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
 
 
 def checked(slices: Slices, info: PriorInfo) -> Slices:
-    """The slices that are fit to train on: constant ones (empty ends of volumes) are left out.
+    """The slices that are fit for the prior: constant ones (empty ends of volumes) are left out.
 
     Raises:
-        ValueError: a file of nothing but constant slices, too few slices, values that are not finite, or a file whose
-            values do not fit the prior's range, as in another unit.
+        ValueError: a file of nothing but constant slices, values that are not finite, or a file whose values
+            do not fit the prior's range or the other files, as in another unit.
     """
     source = np.array(slices.source or ["the slices"] * len(slices.images))
-    varied = np.array([np.ptp(image) > 0 for image in slices.images])
+    varied = np.array([image.min() != image.max() for image in slices.images])
+    lowest = {}
     for name in np.unique(source):
         ours = np.flatnonzero(source == name)
         if not all(np.isfinite(slices.images[int(k)]).all() for k in ours):
             raise ValueError(f"{name} holds NaN or infinite values; finite ones are wanted")
         if not varied[ours].any():
             raise ValueError(f"{name}: all of its {len(ours)} slices are constant; images are wanted")
-        _check_values(str(name), slices, ours[varied[ours]], info)
-    if varied.sum() < FEWEST:
-        raise ValueError(f"there are {varied.sum()} slices to train on; at least {FEWEST} are wanted")
+        lowest[str(name)] = _lowest(str(name), slices, ours[varied[ours]], info)
+    if info.unit == "HU":
+        _check_air(lowest)
     return slices if varied.all() else slices.where(varied)
 
 
-def _check_values(name: str, slices: Slices, index: NDArray[np.int64], info: PriorInfo) -> None:
-    """Refuse a file whose values cannot be in the prior's unit."""
-    some = index[:: max(1, len(index) // 32)]  # a look at about 32 slices is enough
+def _lowest(name: str, slices: Slices, index: NDArray[np.int64], info: PriorInfo) -> float:
+    """The lowest value of a file, nearly; a file whose values cannot be in the prior's unit is refused."""
+    some = index[:: max(1, len(index) // LOOKED_AT)]
     values = slices.scale * np.concatenate([np.asarray(slices.images[int(k)], np.float32).ravel() for k in some])
     low, high = np.percentile(values, EXTREMES)
     share = (high - low) / (info.high - info.low)
@@ -193,25 +202,59 @@ def _check_values(name: str, slices: Slices, index: NDArray[np.int64], info: Pri
     if not SPAN[0] <= share <= SPAN[1] or outside > SPAN[1] / 2:
         raise ValueError(
             f"{name}: its values run from {low:g} to {high:g}, prior {info.name!r} from {info.low:g} to {info.high:g} "
-            f"{info.unit}; slices in that unit are wanted (data.scale multiplies them)"
+            f"{info.unit}; slices in that unit are wanted (data.scale multiplies those of HDF5 files)"
         )
+    return float(low)
+
+
+def _check_air(lowest: dict[str, float]) -> None:
+    """Refuse CT files without air where others have it: theirs are raw values, or of another unit."""
+    with_air = {name for name, low in lowest.items() if low < AIR_BELOW}
+    for name, low in lowest.items():
+        if with_air and name not in with_air:
+            raise ValueError(
+                f"{name}: its lowest values are {low:g} HU, other files have air near -1000; HU are wanted"
+            )
+
+
+def check_enough(slices: Slices) -> None:
+    """Refuse to train on too few slices.
+
+    Raises:
+        ValueError: fewer than ``FEWEST``.
+    """
+    if len(slices.images) < FEWEST:
+        raise ValueError(f"there are {len(slices.images)} slices to train on; at least {FEWEST} are wanted")
 
 
 def split(slices: Slices, share: float, seed: int) -> tuple[Slices, Slices | None]:
     """(slices to train on, slices to validate on): whole subjects are held out, about ``share`` of them.
 
-    At least one subject is held out where ``share`` is above 0, unless there is only one subject.
+    At least one subject is held out where ``share`` is above 0, and at least one is trained on.
     """
     who = np.unique(slices.subject)
-    held = 0 if share == 0 or len(who) < 2 else max(1, round(share * len(who)))
+    held = min(len(who) - 1, max(1, round(share * len(who)))) if share else 0
     chosen = np.random.default_rng(seed).permutation(who)[:held]
     marked = np.isin(slices.subject, chosen)
     return (slices.where(~marked), slices.where(marked)) if held else (slices, None)
 
 
+def digest(slices: Slices | None) -> str:
+    """A hash of the slices, to know a run's data again; "" for none."""
+    if slices is None:
+        return ""
+    found = hashlib.blake2b(repr(slices.scale).encode(), digest_size=16)
+    for image in slices.images:
+        found.update(np.ascontiguousarray(image).data)
+    for numbers in (slices.subject, slices.pixel_mm, slices.group):
+        found.update(b"" if numbers is None else np.ascontiguousarray(numbers).data)
+    return found.hexdigest()
+
+
 def batch_of(config: Drawing, step: int) -> tuple[int, int]:
     """(edge length of the crops, number of crops) of a step."""
-    kind = int(np.random.default_rng((config.seed, step)).choice(len(config.crops), p=config.shares))
+    shares = np.array(config.shares) / sum(config.shares)  # they sum to 1 within SUM_TOLERANCE only
+    kind = int(np.random.default_rng((config.seed, step)).choice(len(config.crops), p=shares))
     return config.crops[kind], config.batches[kind]
 
 
@@ -248,4 +291,4 @@ def draw_crop(slices: Slices, config: Drawing, info: PriorInfo, step: int, item:
     )
     transform.set_random_state(int(rng.integers(2**31)))
     x = torch.as_tensor(np.asarray(transform(slices.scale * np.asarray(image, np.float32)[None])))
-    return (x - (info.high + info.low) / 2) / ((info.high - info.low) / 2)
+    return info.in_prior_units(x)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import struct
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from invdiff.files import existing_file
+from invdiff.files import existing_file, read_torch
 
 ENTRIES = ("ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model", "network", "net", "unet")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 NAMED = 3  # weights that a message names
-_NO_FILE_OF_WEIGHTS = (
-    RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError, struct.error,
-)  # fmt: skip
 
 
 def state_dict_of(path: str | Path, entry: str = "") -> dict[str, Tensor]:
@@ -57,22 +49,7 @@ def _content(file: Path) -> Any:
             return load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or no safetensors file: {error}") from error
-    try:
-        with warnings.catch_warnings():
-            # Both announce what the refusal below says
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            warnings.filterwarnings("ignore", "'torch.load' received a zip file", UserWarning)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({named[1]})" if named else ""
-        raise ValueError(
-            f"{file} is a pickle that holds more than tensors{what}; it could run code and is refused: convert it to "
-            "safetensors, or save its state_dict alone, where you trust it"
-        ) from error
-    except _NO_FILE_OF_WEIGHTS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} is truncated or no file of weights: {reason}") from error
+    return read_torch(file)
 
 
 def _tensors_in(content: Any, entry: str) -> dict[str, Tensor]:

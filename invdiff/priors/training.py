@@ -26,6 +26,9 @@ from invdiff.protocols import Prior
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 2.0)  # noise levels of the validation, prior units
 VALIDATED = 12  # slices that it looks at
+BETAS = (0.9, 0.99)  # of AdamW; 0.99 forgets the large gradients of the start sooner than the usual 0.999
+WEIGHT_DECAY = 1e-2  # of AdamW, its default
+EMA_START = 10  # steps over which the moving average's memory grows to its full length (as in EMA of TensorFlow)
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,12 @@ class TrainingConfig(Drawing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.images < 1 or self.every < 1 or self.warmup < 1:
-            raise ValueError(
-                f"images is {self.images}, every {self.every} and warmup {self.warmup}; at least 1 is wanted"
-            )
+        for name in ("images", "every", "warmup", "ema"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is wanted")
+        for name in ("rate", "clip", "sigma_width"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; more than 0 is wanted")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; a share in [0, 1) is wanted")
 
@@ -95,15 +100,16 @@ def learning_rate(config: TrainingConfig, seen: int) -> float:
 
 def start(config: TrainingConfig, network: UNetConfig, weights: dict[str, Tensor] | None = None) -> TrainingState:
     """A network, its average and its optimizer; the network fresh, or with ``weights`` to go on from (fine-tuning)."""
-    torch.manual_seed(config.seed)
-    net = UNet(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        net = UNet(network)
     if weights is not None:
         net.load_state_dict(weights)
     return TrainingState(0, 0, float("nan"), net, copy.deepcopy(net).requires_grad_(False), _adamw(config, net))
 
 
 def _adamw(config: TrainingConfig, network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=config.rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    return torch.optim.AdamW(network.parameters(), lr=config.rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
 
 class Part(NamedTuple):
@@ -180,29 +186,19 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite; the message names the step.
     """
-    device = launcher.device
-    network, average, optimizer = state.network.to(device).train(), state.average.to(device), state.optimizer
-    for name, values in optimizer.state.items():  # a resumed state comes from the CPU
-        optimizer.state[name] = {k: v.to(device) if torch.is_tensor(v) and v.ndim else v for k, v in values.items()}
+    device, network, average, optimizer = launcher.device, state.network, state.average, state.optimizer
+    network.to(device).train()
+    average.to(device)
+    for values in optimizer.state.values():  # of a resumed run they are on the CPU
+        values.update({k: v.to(device) for k, v in values.items() if torch.is_tensor(v) and v.ndim})
     called = launcher.setup(cast(nn.Module, torch.compile(network)) if compiled else network, optimizer)
     step, seen = state.step, state.seen
-    parts = DataLoader(
-        Steps(slices, config, info, launcher.rank, launcher.world),
-        batch_size=None,
-        sampler=itertools.count(step),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-    )
-    for part in parts:
+    for part in _parts(Steps(slices, config, info, launcher.rank, launcher.world), step, workers, device):
         if seen >= config.images:
             return
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, seen)
-        clean, sigma, noise, weight = (t.to(device, non_blocking=True) for t in part)
-        noisy = clean + sigma[:, None, None, None] * noise
-        with torch.autocast(device.type, dtype=autocast or torch.float32, enabled=autocast is not None):
-            denoised = edm_denoise(called, noisy, sigma, info.sigma_data)
-        loss = (weight * edm_loss(denoised, clean, sigma, info.sigma_data)).sum()
+        loss = part_loss(called, Part(*(t.to(device, non_blocking=True) for t in part)), info, autocast)
         value = float(launcher.total(loss.detach()))
         if not np.isfinite(value):
             raise FloatingPointError(f"the training loss is {value} at step {step}; lower the rate ({config.rate})")
@@ -212,8 +208,27 @@ def train(
         optimizer.step()
         count = batch_of(config, step)[1]
         seen, step = seen + count, step + 1
-        _follow(average, network, min(0.5 ** (count / config.ema), (1 + step) / (10 + step)))
+        _follow(average, network, min(0.5 ** (count / config.ema), (1 + step) / (EMA_START + step)))
         yield TrainingState(step, seen, value, network, average, optimizer)
+
+
+def _parts(steps: Steps, first: int, workers: int, device: torch.device) -> DataLoader[Part]:
+    """The parts of all steps from ``first`` on."""
+    return DataLoader(
+        steps,
+        batch_size=None,
+        sampler=itertools.count(first),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def part_loss(network: nn.Module, part: Part, info: PriorInfo, autocast: torch.dtype | None) -> Tensor:
+    """One process's share of a step's loss; the shares of all processes sum to the batch's mean."""
+    noisy = part.clean + part.sigma[:, None, None, None] * part.noise
+    with torch.autocast(noisy.device.type, dtype=autocast or torch.float32, enabled=autocast is not None):
+        denoised = edm_denoise(network, noisy, part.sigma, info.sigma_data)
+    return (part.weight * edm_loss(denoised, part.clean, part.sigma, info.sigma_data)).sum()
 
 
 @torch.no_grad()

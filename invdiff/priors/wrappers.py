@@ -51,7 +51,7 @@ class Averaged(_Wrapper):
     """The mean of what the prior says of flipped and shifted copies of the image: self-ensemble (Timofte et al. 2016).
 
     A prior that is as likely flipped as not has a denoiser that commutes with flips; a network's only nearly does,
-    and the mean halves what it errs by chance. Costs one evaluation a copy. Shifts are circular, by whole pixels:
+    and the mean has less of what it errs by chance. Costs one evaluation a copy. Shifts are circular, by whole pixels:
     they undo the grid of a strided network.
 
     Not for priors that know left from right: flip only along rows (``flips=(-2,)``) or not at all.
@@ -89,12 +89,12 @@ class Superposed:
     (``invdiff.priors.density``), at ``levels`` extra evaluations with a gradient each.
 
     Not for priors of different units or ranges. In many dimensions log densities differ by thousands: unless the
-    temperature is low, the likelier prior takes all.
+    temperature is low, the likelier prior takes all. Where a density is integrated, gradients hold its share fixed.
 
     Args:
-        priors: two or more, with equal channels, and equal unit and range where they state them.
+        priors: two or more, with equal channels, units and ranges.
         weights: w_k, positive; equal if None.
-        temperature: what the log densities are multiplied by; 1 is the mixture, 0 a fixed average.
+        temperature: what the log densities are multiplied by; 1 is the mixture, 0 an average with the weights.
         levels: noise levels at which a density is integrated.
         probes: random vectors of the divergence estimate.
 
@@ -133,14 +133,14 @@ class Superposed:
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """sum_k r_k D_k: x (s c h w), sigma () or (s)."""
-        shares = (self.temperature * torch.stack(self._logs(x, sigma))).softmax(0)
+        shares = torch.stack(self._logs(x, sigma, self.temperature)).softmax(0)
         parts = torch.stack([p.denoise(x, sigma) for p in self.priors])
         return (shares.view(*shares.shape, 1, 1, 1) * parts).sum(0)
 
-    def _logs(self, x: Tensor, sigma: Tensor) -> list[Tensor]:
-        """ln w_k p_k(x; sigma), (s) each."""
+    def _logs(self, x: Tensor, sigma: Tensor, temperature: float = 1.0) -> list[Tensor]:
+        """ln w_k + T ln p_k(x; sigma), (s) each."""
         return [
-            math.log(w) + log_density(p, x, sigma, self.levels, self.probes)
+            math.log(w) + temperature * log_density(p, x, sigma, self.levels, self.probes)
             for w, p in zip(self.weights, self.priors, strict=True)
         ]
 
@@ -170,7 +170,7 @@ class Precision(_Wrapper):
 class Compiled(_Wrapper):
     """The same prior through ``torch.compile``: the first call with a new image size takes a minute.
 
-    Pays on a GPU and for long runs; on a CPU with bfloat16 it gains nothing (docs/results.md).
+    For a GPU and long runs (not measured); on a CPU with bfloat16 it gains nothing (docs/results.md).
 
     Args:
         prior: any Prior written in torch.
