@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
 
-from invdiff.datasets import Volume, block_mean, read_volume
+from invdiff.datasets import Volume, block_mean, find_volumes, read_volume
 from invdiff.noise import KeyedNoise
 from invdiff.priors import PriorInfo, load
 from invdiff.priors.model import fast_dtype
@@ -53,29 +54,28 @@ def psnr(images: Images, truth: Images) -> float:
 
 def volumes(folder: Path) -> dict[str, Path]:
     """Path below the folder to every NIfTI file and every folder of DICOM."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    found = [p for p in files if p.name.endswith((".nii", ".nii.gz"))] + sorted(
-        {p.parent for p in files if p.suffix == ".dcm"}
-    )
-    return {str(p.relative_to(folder)): p for p in found}
+    return {str(p.relative_to(folder)): p for p in find_volumes(folder)}
 
 
-def in_unit(volume: Volume, info: PriorInfo) -> Volume:
-    """HU floored at air's padding, MR by its quantile; large slices averaged 2 x 2."""
+def in_unit(volume: Volume, info: PriorInfo, size: int = 0) -> Volume:
+    """HU floored at air's padding, MR by its quantile; large slices averaged 2 x 2, or of ``size`` pixels if not 0."""
     data = volume.data.clamp_min(FLOOR_HU) if info.unit == "HU" else volume.data
     if info.unit != "HU":
         data = data / float(np.quantile(data[data != 0].numpy(), QUANTILE))
     volume = replace(volume, data=data)
-    return block_mean(volume, 2) if data.shape[-1] == FINE_SIZE else volume
+    if data.shape[-1] < FINE_SIZE:
+        return volume
+    if not size:
+        return block_mean(volume, 2)
+    return replace(volume, data=F.interpolate(data, (size, size), mode="bilinear", antialias=True))
 
 
-def slices(path: Path, info: PriorInfo) -> Images:
-    """Evenly spread slices in prior units."""
-    volume = in_unit(read_volume(path), info)
+def slices(path: Path, info: PriorInfo, size: int = 0) -> Images:
+    """Evenly spread slices in prior units; see ``in_unit``."""
+    volume = in_unit(read_volume(path), info, size)
     count = len(volume.data)
     index = np.linspace(MIDDLE[0] * (count - 1), MIDDLE[1] * (count - 1), SLICES).round().astype(int)
-    scaled = (volume.data[index, 0].numpy() - (info.high + info.low) / 2) / ((info.high - info.low) / 2)
-    return list(scaled.astype(np.float32))
+    return list(info.in_prior_units(volume.data[index, 0]).numpy())
 
 
 def classical(name: str) -> Callable[[NDArray[np.float32], float, float], NDArray[np.float32]]:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import invdiff
 from invdiff.pipelines.pictures import sheet
-from invdiff.pipelines.train import plan_of
 from invdiff.pipelines.training_data import read_training
+from invdiff.pipelines.training_plan import plan_of
 from invdiff.priors import load
 from invdiff.samplers import DPMpp2M
 
@@ -56,12 +56,11 @@ def main() -> None:
     read = read_training(options.train, plan.data, info.unit)
     trained = torch.cat([small(read.in_prior_units(k, info)[None]) for k in range(len(read.images))])
     result = invdiff.sample(options.prior, (COUNT, 1, SIZE, SIZE), DPMpp2M(steps=STEPS), SEED, chunk=4)
-    scale, offset = (info.high - info.low) / 2, (info.high + info.low) / 2
-    ours = (result.x - offset) / scale
+    ours = info.in_prior_units(result.x)
     distance, index = nearest(ours, trained)
     pictures = torch.stack([p for k in range(COUNT) for p in (ours[k], read.in_prior_units(int(index[k]), info))])
     title = f"{info.name}: a drawn image and the training slice nearest to it, in turns"
-    sheet(options.out / f"{info.name}-nearest.png", scale * pictures[:, 0] + offset, info.unit,
+    sheet(options.out / f"{info.name}-nearest.png", info.in_physical_units(pictures[:, 0]), info.unit,
           {"whole range": (info.low, info.high)}, title)  # fmt: skip
     unseen = [torch.from_numpy(a)[None, None] for p in volumes(options.val).values() for a in val_slices(p, info)]
     unseen = [unseen[k] for k in np.linspace(0, len(unseen) - 1, COUNT).round().astype(int)]

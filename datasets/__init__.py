@@ -6,7 +6,7 @@ from invdiff.datasets.htc2022 import read_htc2022
 from invdiff.datasets.measurements import Measurements, read_measurements, write_measurements
 from invdiff.datasets.nifti import read_nifti, write_nifti
 from invdiff.datasets.orientation import Storage
-from invdiff.datasets.read import read_volume
+from invdiff.datasets.read import find_volumes, read_volume
 from invdiff.datasets.tiff import read_tiff_sinogram
 from invdiff.datasets.volume import Volume, block_mean, pad_to_multiple
 
@@ -15,6 +15,7 @@ __all__ = [
     "Storage",
     "Volume",
     "block_mean",
+    "find_volumes",
     "pad_to_multiple",
     "read_dicom",
     "read_htc2022",

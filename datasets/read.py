@@ -29,6 +29,24 @@ def read_volume(path: str | Path) -> Volume:
     return read_dicom(path)
 
 
+def find_volumes(folder: Path, pattern: str = "*") -> list[Path]:
+    """Every NIfTI file and every folder of DICOM below ``folder``, itself included, sorted, NIfTI first.
+
+    Args:
+        folder: where to look.
+        pattern: of the file names, as in ``Path.rglob``.
+
+    Raises:
+        ValueError: a pattern that is none.
+    """
+    try:
+        files = sorted(p for p in folder.rglob(pattern) if p.is_file())
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"{pattern!r} is no pattern of file names: {error}") from error
+    nifti = [p for p in files if p.name.lower().endswith(SUFFIXES)]
+    return nifti + sorted({p.parent for p in files if p not in nifti and is_dicom(p)})
+
+
 def is_dicom(path: Path) -> bool:
     """A DICOM file has the four letters after a preamble of 128 bytes."""
     with readable(path).open("rb") as f:

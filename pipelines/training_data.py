@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from invdiff.datasets import Volume, read_nifti, read_volume
-from invdiff.datasets.read import is_dicom
+from invdiff.datasets import Volume, find_volumes, read_nifti, read_volume
 from invdiff.priors.slices import Slices, read_slices
 
 HDF5 = (".h5", ".hdf5")
-NIFTI = (".nii", ".nii.gz")
 PADDING_HU = -1024.0  # below air lies only padding outside the scanner's field of view
 
 
@@ -57,16 +54,14 @@ def read_training(folder: Path, config: DataConfig, unit: str) -> Slices:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; one with HDF5, NIfTI or DICOM files is wanted")
-    try:
-        files = sorted(p for p in folder.rglob(config.files or "*") if p.is_file())
-    except (NotImplementedError, ValueError) as error:
-        raise ValueError(f"data.files is {config.files!r}, which is no pattern: {error}") from error
-    hdf5 = [p for p in files if p.suffix in HDF5]
+    pattern = config.files or "*"
+    volumes = find_volumes(folder, pattern)
+    hdf5 = sorted(p for p in folder.rglob(pattern) if p.suffix in HDF5)
     if hdf5:
         return read_slices(hdf5, config.groups, config.scale)
     images: list[NDArray[Any]] = []
     subject, pixel, source = [], [], []
-    for path in _volumes(files):
+    for path in volumes:
         volume = read_nifti(path, config.unit or None) if path.is_file() else read_volume(path)
         if volume.unit != unit:
             raise ValueError(f"{path} is in {volume.unit}, the prior in {unit}; volumes of one unit are wanted")
@@ -81,12 +76,6 @@ def read_training(folder: Path, config: DataConfig, unit: str) -> Slices:
         raise ValueError(f"{wanted} that match {config.files!r}" if config.files else wanted)
     _, index = np.unique(subject, return_inverse=True)
     return Slices(images, index, np.array(pixel, np.float32), source=source)
-
-
-def _volumes(files: list[Path]) -> Iterator[Path]:
-    """NIfTI files, and folders of DICOM files."""
-    yield from (p for p in files if p.name.endswith(NIFTI))
-    yield from sorted({p.parent for p in files if not p.name.endswith(NIFTI) and is_dicom(p)})
 
 
 def _images(volume: Volume, quantile: float, path: Path) -> NDArray[Any]:

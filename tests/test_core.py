@@ -208,7 +208,7 @@ def test_checkpoint_resumes_bit_equal_and_another_run_is_refused(world: Any, tmp
     with pytest.raises(ValueError, match="another run"):
         load_state(path, DDSState, fingerprint(repr(DDS(steps=10)), world.problem.y, 0))
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="not what torch.save writes|holds more than tensors"):
+    with pytest.raises(ValueError, match=r"not what torch.save writes"):
         load_state(path, DDSState, key)
     assert [p.name for p in tmp_path.iterdir()] == ["run.checkpoint"]
 

@@ -423,7 +423,7 @@ def test_dicom_series_are_read(folder: str, tmp_path: Path) -> None:
         ("text in a tuple", "training.crops is ['a'] (list); tuple[int, ...] is wanted"),
         ("zero ema", "ema is 0; at least 1 is wanted"),
         ("negative seed", "seed is -1; 0 or more is wanted"),
-        ("pattern that is none", "data.files is '/x/*', which is no pattern"),
+        ("pattern that is none", "'/x/*' is no pattern of file names"),
         ("no such device", "device 'nonesuch' is not available here"),
         ("half precision", "dtype 'float16' is too narrow for gradients"),
         ("small disk", "cannot be written"),
