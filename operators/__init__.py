@@ -1,5 +1,6 @@
 """The physics: linear operators from images to measurements, with exact adjoints; geometry in mm."""
 
+from invdiff.operators.blur import Blur, gaussian_kernel
 from invdiff.operators.channels import KnownPhase, RealChannels
 from invdiff.operators.compose import Normalised, Whitened, stack
 from invdiff.operators.ct.fan import FanBeam
@@ -11,6 +12,7 @@ from invdiff.operators.mri.cartesian import CartesianMRI
 from invdiff.operators.noise import Gaussian, TransmissionPoisson
 
 __all__ = [
+    "Blur",
     "CartesianMRI",
     "Diagonal",
     "FanBeam",
@@ -24,5 +26,6 @@ __all__ = [
     "TransmissionPoisson",
     "Whitened",
     "fbp",
+    "gaussian_kernel",
     "stack",
 ]

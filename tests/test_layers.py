@@ -19,6 +19,8 @@ MAY: dict[str, set[str]] = {
     "invdiff.metrics": set(),
     "invdiff.config": set(),
     "invdiff.priors": {"invdiff.protocols", "invdiff.files", "invdiff.config"},
+    "invdiff.posterior": {"invdiff.protocols", "invdiff.priors"},
+    "invdiff.calibration": {"invdiff.posterior"},
     "invdiff.problem": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.units"},
     "invdiff.run": {"invdiff.protocols", "invdiff.linalg", "invdiff.files"},
     "invdiff.samplers": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise"},

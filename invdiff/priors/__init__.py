@@ -3,7 +3,7 @@
 from invdiff.priors.absent import NoPrior
 from invdiff.priors.adapted import Call, adapt
 from invdiff.priors.description import Description
-from invdiff.priors.gaussian import GaussianPrior
+from invdiff.priors.gaussian import GaussianMixturePrior, GaussianPrior
 from invdiff.priors.model import NetworkPrior, PriorInfo, load, shipped
 from invdiff.priors.parameterisation import EDM, Predicts
 from invdiff.priors.schedules import Continuous, Discrete, Flow, VarianceExploding
@@ -20,6 +20,7 @@ __all__ = [
     "Description",
     "Discrete",
     "Flow",
+    "GaussianMixturePrior",
     "GaussianPrior",
     "NetworkPrior",
     "NoPrior",
