@@ -2,19 +2,23 @@
 
 from invdiff.samplers.classical import CGLS, FBP, TV
 from invdiff.samplers.ddim import DDIM
+from invdiff.samplers.ddnm import DDNM
 from invdiff.samplers.ddpm import DDPM
 from invdiff.samplers.dds import DDS
 from invdiff.samplers.deis import DEIS
+from invdiff.samplers.diffpir import DiffPIR
 from invdiff.samplers.diffusionmbir import DiffusionMBIR
 from invdiff.samplers.dpmpp import DPMpp2M
 from invdiff.samplers.ghvb import GHVB
 from invdiff.samplers.heun import Heun
+from invdiff.samplers.pigdm import PiGDM
 from invdiff.samplers.reddiff import REDDiff
 from invdiff.samplers.solver import Solver
 
 __all__ = [
     "CGLS",
     "DDIM",
+    "DDNM",
     "DDPM",
     "DDS",
     "DEIS",
@@ -22,8 +26,10 @@ __all__ = [
     "GHVB",
     "TV",
     "DPMpp2M",
+    "DiffPIR",
     "DiffusionMBIR",
     "Heun",
+    "PiGDM",
     "REDDiff",
     "Solver",
 ]
