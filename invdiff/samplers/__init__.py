@@ -12,6 +12,7 @@ from invdiff.samplers.diffusionmbir import DiffusionMBIR
 from invdiff.samplers.dpmpp import DPMpp2M
 from invdiff.samplers.dps import DPS
 from invdiff.samplers.ghvb import GHVB
+from invdiff.samplers.gibbs import SplitGibbs
 from invdiff.samplers.heun import Heun
 from invdiff.samplers.pigdm import PiGDM
 from invdiff.samplers.reddiff import REDDiff
@@ -36,4 +37,5 @@ __all__ = [
     "PiGDM",
     "REDDiff",
     "Solver",
+    "SplitGibbs",
 ]
