@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,8 @@ class DAPS:
         sigma_max: first noise level, prior units. Published 100.
         sigma_min: last one. Published 0.1.
     """
+
+    estimate: ClassVar[str] = "approximate sampler"
 
     steps: int = 200
     ode_steps: int = 1

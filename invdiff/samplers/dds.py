@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -57,6 +57,8 @@ class DDS:
         sigma_max: first noise level, prior units. Published 157.
         sigma_min: last one above 0; at low noise the data say more than the prior. Published 0.01.
     """
+
+    estimate: ClassVar[str] = "approximate sampler"
 
     steps: int = 50
     eta: float = 0.85

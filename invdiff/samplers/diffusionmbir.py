@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class DiffusionMBIR:
         sigma_max: first noise level. Published 378.
         sigma_min: last one above 0. Published 0.01.
     """
+
+    estimate: ClassVar[str] = "approximate sampler"
 
     steps: int = 2000
     snr: float = 0.16

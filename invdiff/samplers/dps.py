@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,8 @@ class DPS:
         sigma_max: first noise level, prior units. Published 157.
         sigma_min: last one above 0. Published 0.01.
     """
+
+    estimate: ClassVar[str] = "approximate sampler"
 
     steps: int = 250
     scale: float = 10.0

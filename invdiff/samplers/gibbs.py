@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -61,6 +61,8 @@ class SplitGibbs:
         cg_steps: CG steps of the likelihood's draw; 0 is the operator's own ``solve``.
         sigma_floor: smallest sigma_y assumed, prior units with ||A|| = 1.
     """
+
+    estimate: ClassVar[str] = "posterior sampler"
 
     steps: int = 120
     keep: int = 10

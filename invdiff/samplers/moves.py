@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,8 @@ class Guided(ABC):
         sigma_max: first noise level, prior units.
         sigma_min: last one above 0.
     """
+
+    estimate: ClassVar[str] = "approximate sampler"
 
     steps: int = 50
     move: str = "ddim"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ class REDDiff:
         sigma_max: largest noise level, prior units. Published 157, where the denoised image is nearly constant.
         sigma_min: smallest. Published 0.01.
     """
+
+    estimate: ClassVar[str] = "point estimate"
 
     steps: int = 50
     rate: float = 0.7

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Solver(ABC):
         sigma_min: last one above 0, prior units.
         grid: spacing of the levels between: ``karras`` (EDM's, power 7) or ``geometric`` (uniform in ln sigma).
     """
+
+    estimate: ClassVar[str] = "prior sampler"
 
     steps: int = 50
     sigma_max: float = 80.0
