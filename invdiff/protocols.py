@@ -6,7 +6,7 @@ Axes: ``s`` slice (= batch), ``c`` channel, ``h`` row, ``w`` column, ``m`` measu
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -92,7 +92,14 @@ S = TypeVar("S", bound=State)
 
 
 class Sampler(Protocol[S]):
-    """A frozen dataclass: its fields are its configuration, its command line, its line in the log."""
+    """A frozen dataclass: its fields are its configuration, its command line, its line in the log.
+
+    ``estimate`` says what its result is: a "posterior sampler" has the posterior's mean, spread and coverage at its
+    defaults, as far as exact posteriors show; an "approximate sampler" is one in form; a "point estimate" is one image
+    without spread; a "prior sampler" ignores the measurements.
+    """
+
+    estimate: ClassVar[str]
 
     @property
     def steps(self) -> int: ...

@@ -31,10 +31,11 @@ class Result(NamedTuple):
 
 
 def run_record(prepared: Prepared, sampler: Sampler[Any], state: State, seed: int) -> dict[str, Any]:
-    """What was run: sampler and its fields, prior, seed, steps and the images' unit."""
+    """What was run: sampler, its fields and what its images are, prior, seed, steps and the images' unit."""
     info = getattr(prepared.problem.prior, "info", None)
     return {
         "sampler": {"kind": type(sampler).__name__, **asdict(sampler)},  # type: ignore[call-overload]
+        "estimate": sampler.estimate,
         "prior": None if info is None else asdict(info),
         "seed": seed,
         "steps": state.i,

@@ -10,14 +10,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from invdiff.config import registered
+from invdiff.config import find, registered
 from invdiff.linalg import difference
 from invdiff.noise import KeyedNoise
 from invdiff.priors import Chunked, GaussianPrior
 from invdiff.problem import ScaledLinear, unconditional
 from invdiff.protocols import Problem
 from invdiff.run import DivergedError, guarded, iterate
-from invdiff.samplers import CGLS, DDIM, DDPM, DDS, DEIS, FBP, GHVB, TV, DiffusionMBIR, DPMpp2M, Heun, REDDiff
+from invdiff.samplers import (
+    CGLS,
+    DAPS,
+    DDIM,
+    DDNM,
+    DDPM,
+    DDS,
+    DEIS,
+    DPS,
+    FBP,
+    GHVB,
+    TV,
+    DiffPIR,
+    DiffusionMBIR,
+    DPMpp2M,
+    Heun,
+    PiGDM,
+    REDDiff,
+    SplitGibbs,
+)
 
 # A short run of every registered sampler, slices coupled where the method can
 SHORT: dict[str, Any] = {
@@ -30,6 +49,12 @@ SHORT: dict[str, Any] = {
     "dds": DDS(steps=6, sigma_max=5.0),
     "reddiff": REDDiff(steps=6, z_lam=0.5, draws=2, newton_steps=0),
     "diffusionmbir": DiffusionMBIR(steps=6),
+    "dps": DPS(steps=6),
+    "pigdm": PiGDM(steps=6),
+    "diffpir": DiffPIR(steps=6),
+    "ddnm": DDNM(steps=6),
+    "daps": DAPS(steps=4, ode_steps=3),
+    "split-gibbs": SplitGibbs(steps=5, keep=2, prior_steps=2, rho_min=0.03),
     "fbp": FBP(),
     "cgls": CGLS(steps=4),
     "tv": TV(steps=4),
@@ -39,13 +64,21 @@ WAYS: dict[str, Any] = {
     **SHORT,
     "reddiff, newton": REDDiff(steps=6, z_lam=0.5),
     "dds, noiseless": DDS(steps=6, anchor=0.0),
+    "dds, dpmpp2m": DDS(steps=6, move="dpmpp2m", eta=0.2),
+    "pigdm, deis3m": PiGDM(steps=6, move="deis3m"),
+    "diffpir, solve": DiffPIR(steps=6, cg_steps=0, move="deis3m", zeta=0.0),
+    "ddnm, dpmpp2m": DDNM(steps=6, move="dpmpp2m", eta=0.0),
+    "dps, ddim": DPS(steps=6, ancestral=False),
+    "daps, langevin": DAPS(steps=4, langevin_steps=5, move="dpmpp2m"),
     "ghvb, 1": GHVB(steps=6, order=1, grid="geometric"),
 }
 SOLVERS = ("ddim", "ddpm", "heun", "dpmpp2m", "deis3m", "ghvb")
+GUIDED = ("dps", "pigdm", "diffpir", "ddnm", "daps", "split-gibbs")
 UNCOUPLED: dict[str, Any] = {
-    **{kind: SHORT[kind] for kind in SOLVERS},
+    **{kind: SHORT[kind] for kind in (*SOLVERS, *GUIDED)},
+    "daps, langevin": WAYS["daps, langevin"],
     "dds": replace(SHORT["dds"], lam=0.0),
-    "reddiff": replace(SHORT["reddiff"], z_lam=0.0, order="random"),
+    "reddiff": replace(SHORT["reddiff"], z_lam=0.0, order="mini-batch"),
     "reddiff, newton": REDDiff(steps=6),
     "fbp": FBP(),
     "cgls": SHORT["cgls"],
@@ -60,6 +93,13 @@ def last(sampler: Any, problem: Problem, state: Any = None) -> Any:
 
 def test_every_registered_sampler_is_tested() -> None:
     assert set(registered("samplers")) == set(SHORT)
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_every_sampler_says_what_its_result_is(kind: str) -> None:
+    words = ("posterior sampler", "approximate sampler", "point estimate", "prior sampler")
+    assert find("samplers", kind).estimate in words
+    assert (find("samplers", kind).estimate == "prior sampler") == (kind in SOLVERS)
 
 
 @pytest.mark.parametrize("kind", WAYS)
@@ -104,7 +144,7 @@ def test_coupled_slices_do(kind: str, world: Any) -> None:
     assert (part - whole[2:4]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("kind", [*SOLVERS, "dds", "reddiff", "diffusionmbir"])
+@pytest.mark.parametrize("kind", [*SOLVERS, *GUIDED, "dds", "reddiff", "diffusionmbir"])
 def test_seed_zero_is_a_seed(kind: str, world: Any) -> None:
     zero, again, one = (last(SHORT[kind], world.problem._replace(noise=KeyedNoise(s))).x for s in (0, 0, 1))
     assert torch.equal(zero, again)
@@ -153,13 +193,38 @@ def reddiff_fixed_point(world: Any, sampler: REDDiff) -> Tensor:
 )
 def test_reddiff_reaches_its_fixed_point(way: dict[str, Any], make_world: Any) -> None:
     world = make_world(slices=1)
-    sampler = REDDiff(lam=60.0, order="random", sigma_max=5.0, sigma_min=0.02, **way)
+    sampler = REDDiff(lam=60.0, order="mini-batch", sigma_max=5.0, sigma_min=0.02, **way)
     wanted = reddiff_fixed_point(world, sampler)
     got = last(sampler, world.problem).x.flatten(1).double()
     scale = (wanted - world.prior.mean.flatten()).norm()
     assert (got - wanted).norm() / scale < 0.01
     # The prior matters here: without it the minimiser is elsewhere
     assert (wanted - reddiff_fixed_point(world, replace(sampler, lam=6.0))).norm() / scale > 0.05
+
+
+@pytest.mark.parametrize("order", ["descending", "ascending", "random", "mini-batch"])
+def test_reddiff_orders(order: str, world: Any) -> None:
+    """Levels of the name's order; in a mini-batch one a draw, all different and over the whole range."""
+    levels: list[float] = []
+
+    class Counted(GaussianPrior):
+        def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+            levels.append(float(sigma))
+            return super().denoise(x, sigma)
+
+    prior = Counted(world.prior.mean, world.prior.variances, world.prior.vectors)
+    sampler = REDDiff(steps=5, draws=4, order=order, newton_steps=0)
+    last(sampler, world.problem._replace(prior=prior))
+    steps = [levels[4 * i : 4 * i + 4] for i in range(5)]
+    firsts = [step[0] for step in steps]
+    if order == "mini-batch":
+        share = [math.log(s / sampler.sigma_max) / math.log(sampler.sigma_min / sampler.sigma_max) for s in steps[2]]
+        assert [int(4 * u) for u in share] == [0, 1, 2, 3]
+    else:
+        assert all(len(set(step)) == 1 for step in steps)
+        grid = pytest.approx([sampler.sigma(i) for i in range(5)])
+        assert (firsts == grid) == (order == "descending") and (firsts[::-1] == grid) == (order == "ascending")
+    assert len(set(firsts)) == 5
 
 
 def test_reddiff_identity(world: Any) -> None:
@@ -170,7 +235,9 @@ def test_reddiff_identity(world: Any) -> None:
     torch.testing.assert_close(s * ((x_t - D) / s - noise), x - D, atol=1e-5, rtol=0)
 
 
-def test_reddiff_takes_a_nonlinear_operator(world: Any) -> None:
+def squared_problem(world: Any) -> Problem:
+    """y = (A x)^2 without noise, a nonlinear operator known by its vjp."""
+
     class Squared:
         domain, range = world.operator.domain, world.operator.range
 
@@ -180,11 +247,29 @@ def test_reddiff_takes_a_nonlinear_operator(world: Any) -> None:
         def vjp(self, x: Tensor, r: Tensor) -> Tensor:
             return world.operator.adjoint(2 * world.operator.forward(x) * r)
 
-    problem = world.problem._replace(operator=Squared(), y=world.operator.forward(world.truth).square())
-    states = list(iterate(REDDiff(steps=300, rate=0.05, sigma_floor=0.01, newton_steps=0, lam=1.0), problem))
-    misfit = [(problem.operator.forward(s.x) - problem.y).norm() for s in (states[0], states[-1])]
+    y = world.operator.forward(world.truth).square()
+    return world.problem._replace(operator=Squared(), y=y, sigma_y=0.01)
+
+
+NONLINEAR = {
+    "reddiff": REDDiff(steps=300, rate=0.05, sigma_floor=0.01, newton_steps=0, lam=1.0),
+    "dps": DPS(steps=100, ancestral=False),
+    "daps": DAPS(steps=40, langevin_steps=50, sigma_max=3.0),
+}
+
+
+@pytest.mark.parametrize("kind", NONLINEAR)
+def test_a_nonlinear_operator(kind: str, world: Any) -> None:
+    problem = squared_problem(world)
+    x = last(NONLINEAR[kind], problem).x
+    blind = last(DDIM(steps=20), problem).x
+    misfit = [(problem.operator.forward(v) - problem.y).norm() for v in (blind, x)]
     assert misfit[1] < 0.2 * misfit[0]
-    for sampler in (DDS(), TV(), REDDiff()):
+
+
+def test_linear_methods_refuse_a_nonlinear_operator(world: Any) -> None:
+    problem = squared_problem(world)
+    for sampler in (DDS(), TV(), REDDiff(), PiGDM(), DiffPIR(), DDNM(), DAPS(), SplitGibbs()):
         with pytest.raises(ValueError, match="Squared has no adjoint"):
             last(sampler, problem)
 
@@ -283,7 +368,15 @@ def test_a_diverging_run_stops_with_step_and_sigma(world: Any) -> None:
         (lambda: DDS(rho=0.0), "rho is 0 with lam above 0"),
         (lambda: DDS(sigma_min=9.0, sigma_max=1.0), "noise levels from 1.0 to 9.0"),
         (lambda: REDDiff(weight="cubic"), "'cubic'; one of linear"),
-        (lambda: REDDiff(order="up"), "descending or random"),
+        (lambda: REDDiff(order="up"), "'up'; one of descending, ascending, random, mini-batch"),
+        (lambda: DDS(move="euler"), "DDS.move is 'euler'; one of ddim, dpmpp2m, deis3m"),
+        (lambda: PiGDM(move="heun"), "PiGDM.move is 'heun'"),
+        (lambda: PiGDM(prior_deviation=0.0), "PiGDM.prior_deviation is 0.0"),
+        (lambda: DiffPIR(zeta=1.5), "DiffPIR.zeta is 1.5"),
+        (lambda: DDNM(eta=-0.1), "DDNM.eta is -0.1"),
+        (lambda: DPS(scale=-1.0), "DPS.scale is -1.0"),
+        (lambda: DAPS(ode_steps=0), "DAPS.ode_steps is 0"),
+        (lambda: SplitGibbs(steps=5, keep=5), "SplitGibbs.keep is 5 of 5 steps"),
         (lambda: DiffusionMBIR(lam=-1.0), "DiffusionMBIR.lam is -1.0"),
         (lambda: TV(cg_steps=0), "TV.cg_steps is 0"),
     ],

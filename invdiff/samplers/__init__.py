@@ -1,29 +1,41 @@
 """Samplers, unconditional solvers and prior-free baselines, one algorithm a file, on the seams of ``protocols``."""
 
 from invdiff.samplers.classical import CGLS, FBP, TV
+from invdiff.samplers.daps import DAPS
 from invdiff.samplers.ddim import DDIM
+from invdiff.samplers.ddnm import DDNM
 from invdiff.samplers.ddpm import DDPM
 from invdiff.samplers.dds import DDS
 from invdiff.samplers.deis import DEIS
+from invdiff.samplers.diffpir import DiffPIR
 from invdiff.samplers.diffusionmbir import DiffusionMBIR
 from invdiff.samplers.dpmpp import DPMpp2M
+from invdiff.samplers.dps import DPS
 from invdiff.samplers.ghvb import GHVB
+from invdiff.samplers.gibbs import SplitGibbs
 from invdiff.samplers.heun import Heun
+from invdiff.samplers.pigdm import PiGDM
 from invdiff.samplers.reddiff import REDDiff
 from invdiff.samplers.solver import Solver
 
 __all__ = [
     "CGLS",
+    "DAPS",
     "DDIM",
+    "DDNM",
     "DDPM",
     "DDS",
     "DEIS",
+    "DPS",
     "FBP",
     "GHVB",
     "TV",
     "DPMpp2M",
+    "DiffPIR",
     "DiffusionMBIR",
     "Heun",
+    "PiGDM",
     "REDDiff",
     "Solver",
+    "SplitGibbs",
 ]

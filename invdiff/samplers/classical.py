@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class FBPState(NamedTuple):
 @dataclass(frozen=True)
 class FBP:
     """The operator's own pseudo-inverse in one step: filtered back-projection for CT, zero-filling for MRI."""
+
+    estimate: ClassVar[str] = "point estimate"
 
     steps: int = 1
 
@@ -59,6 +61,8 @@ class CGLS:
     Args:
         steps: iterations; 10 to 30 is usual for sparse-view CT.
     """
+
+    estimate: ClassVar[str] = "point estimate"
 
     steps: int = 15
 
@@ -102,6 +106,8 @@ class TV:
         rho: ADMM penalty; it changes the speed, not the limit. Ten times more is several times slower on sparse views.
         cg_steps: CG steps a sweep.
     """
+
+    estimate: ClassVar[str] = "point estimate"
 
     steps: int = 60
     lam: float = 3e-4

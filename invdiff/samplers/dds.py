@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, difference, difference_adjoint, shrink
 from invdiff.noise import karras
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear, within
-from invdiff.samplers.ddim import ddim_move
-
-SLICES = 0  # the axis along which the z-term couples
+from invdiff.samplers.consistency import admm_sweep, nearest
+from invdiff.samplers.moves import advance, check_move, levels_of, no_past
+from invdiff.samplers.solver import denoised, start
 
 
 class DDSState(NamedTuple):
-    """i: steps done; x: consistent image; x_t: noisy iterate; z, u: split D_z x and its scaled dual (s c h w)."""
+    """i: steps done; x: consistent image; x_t: noisy iterate; z, u: split D_z x and its scaled dual (s c h w).
+
+    past: what the move keeps of earlier steps (k s c h w), k 0 for ``ddim``.
+    """
 
     i: int
     x: Tensor
     x_t: Tensor
     z: Tensor
     u: Tensor
+    past: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,15 @@ class DDS:
         lam: weight of ||D_z x||_1 for [-1, 1] images and ||A|| = 1; 0 leaves slices uncoupled. Published 2e-4.
         anchor: weight of the denoised image: about one over its squared error in prior units, as RED-Diff's lam.
         sigma_floor: smallest sigma_y assumed, prior units with ||A|| = 1: no model of a scanner is exact.
+        move: ``ddim`` as published, with the prior's own noise estimate, which brings the data in whole at every step;
+            ``dpmpp2m`` or ``deis3m`` follow the ODE of the consistent image. With eta 0 and 15 evaluations these are
+            nearer to their limit than ``ddim`` in 50 to its own, but that limit is further from the posterior mean.
         warm: start from FBP (the operator's pinv) plus noise, else from noise alone.
         sigma_max: first noise level, prior units. Published 157.
         sigma_min: last one above 0; at low noise the data say more than the prior. Published 0.01.
     """
+
+    estimate: ClassVar[str] = "approximate sampler"
 
     steps: int = 50
     eta: float = 0.85
@@ -60,11 +67,13 @@ class DDS:
     lam: float = 5e-5
     anchor: float = 300.0
     sigma_floor: float = 1e-3
+    move: str = "ddim"
     warm: bool = False
     sigma_max: float = 10.0
     sigma_min: float = 0.03
 
     def __post_init__(self) -> None:
+        check_move(self, self.move)
         at_least(self, steps=1, cg_steps=1, rho=0, lam=0, anchor=0, sigma_floor=0)
         within(self, eta=(0, 1))
         if self.lam > 0 and self.rho == 0:
@@ -78,34 +87,19 @@ class DDS:
     def init(self, problem: Problem) -> DDSState:
         """x_t ~ N(x_0, sigma_max^2 I) with x_0 = 0 or FBP; z and u zero."""
         linear(self, problem)
-        zero = torch.zeros(problem.operator.domain.shape, device=problem.y.device)
+        zero, x_t = start(problem, self.sigma_max)
         x = first_guess(problem) if self.warm else zero
-        return DDSState(0, x, x + self.sigma_max * problem.noise(-1, zero), zero, zero)
+        return DDSState(0, x, x + x_t, zero, zero, no_past(self.move, zero))
 
     def step(self, problem: Problem, state: DDSState) -> DDSState:
         """DDS algorithm 3 (algorithm 1 where lam is 0)."""
-        i, _, x_t, z, u = state
-        s, s_next = self.sigma(i), self.sigma(i + 1)
-        denoised = problem.prior.denoise(x_t, torch.tensor(s, device=x_t.device))
-        x, z, u = self._consistent(problem, denoised, z, u)
-        return DDSState(i + 1, x, ddim_move(x, x_t, denoised, s, s_next, self.eta, problem.noise(i, x_t)), z, u)
-
-    def _consistent(self, problem: Problem, denoised: Tensor, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One ADMM sweep from the denoised image."""
-        A = problem.operator
-        rho = self.rho if self.lam > 0 else 0.0
+        i, _, x_t, z, u, past = state
+        D = denoised(problem, x_t, self.sigma(i))
         mu = self.anchor * max(problem.sigma_y, self.sigma_floor) ** 2
-
-        def normal(v: Tensor) -> Tensor:
-            out = A.normal(v) + mu * v
-            return out + rho * difference_adjoint(difference(v, SLICES), SLICES) if rho else out
-
-        rhs = A.adjoint(problem.y) + mu * denoised
-        if rho:
-            rhs = rhs + rho * difference_adjoint(z - u, SLICES)
-        x = cg(normal, rhs, denoised, self.cg_steps, joint=bool(rho))
-        if not rho:
-            return x, z, u
-        d = difference(x, SLICES)
-        z = shrink(d + u, self.lam / rho)
-        return x, z, u + d - z
+        if self.lam > 0:
+            x, z, u = admm_sweep(problem, D, z, u, rho=self.rho, lam=self.lam, mu=mu, cg_steps=self.cg_steps)
+        else:
+            x = nearest(problem.operator, problem.y, D, mu, self.cg_steps)
+        levels = levels_of(self.move, self.sigma, i)
+        x_t, past = advance(self.move, levels, x_t, x, past, self.eta, problem.noise(i, x_t), D)
+        return DDSState(i + 1, x, x_t, z, u, past)

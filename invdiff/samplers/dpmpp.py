@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import within
 from invdiff.samplers.solver import OneStep, OneStepState, denoised
+
+
+def extrapolated_image(D: Tensor, before: Tensor | None, levels: Sequence[float]) -> Tensor:
+    """D_bar of algorithm 2: D extrapolated linearly in ln sigma to the middle of the next step.
+
+    Args:
+        D: denoised image at the present level, (s c h w).
+        before: that of the level before; None, or a next level of 0, leaves D as it is.
+        levels: next, present and, with ``before``, the level before.
+    """
+    if before is None or levels[0] == 0:
+        return D
+    s_next, s, s_before = levels
+    r = math.log(s_before / s) / math.log(s / s_next)
+    return D + (D - before) / (2 * r)
 
 
 @dataclass(frozen=True)
@@ -40,8 +58,7 @@ class DPMpp2M(OneStep):
         i, before, x_t = state
         s, s_next = self.sigma(i), self.sigma(i + 1)
         D = denoised(problem, x_t, s)
-        D_bar = D
-        if self.order == 2 and i > 0 and s_next > 0:
-            r = math.log(self.sigma(i - 1) / s) / math.log(s / s_next)
-            D_bar = D + (D - before) / (2 * r)
+        second = self.order == 2 and i > 0
+        levels = [s_next, s, self.sigma(i - 1)] if second else [s_next, s]
+        D_bar = extrapolated_image(D, before if second else None, levels)
         return OneStepState(i + 1, D, s_next / s * x_t + (1 - s_next / s) * D_bar)

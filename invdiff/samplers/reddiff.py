@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ WEIGHTS: dict[str, Callable[[float], float]] = {
     "power2over3": lambda s: s ** (2 / 3),
     "const": lambda _: 1.0,
 }
+ORDERS = ("descending", "ascending", "random", "mini-batch")
 ADAM_EPSILON = 1e-8  # of Adam, as published
 SLICES = 0
 
@@ -52,7 +53,8 @@ class REDDiff:
         lam: weight of the prior: about one over the squared error, in prior units, that its denoiser makes at the
             noise levels that matter. Published 0.25, for losses that are means and noise that is not weighed.
         weight: how the noise level weighs: linear, sqrt, square, log, trunc_linear, power2over3, const.
-        order: ``descending`` noise levels, as published, or ``random`` ones.
+        order: of the noise levels: ``descending``, the published choice, ``ascending``, ``random`` (one a step) or
+            ``mini-batch`` (each of a step's ``draws`` at one of its own, spread over the range). Published as worse.
         draws: noise draws a step, averaged.
         newton_steps: 0 is Adam, as published, for any operator. Else each step is a damped Newton step of the same
             loss, its system solved by this many CG steps, for linear operators: the same fixed point, in tens of
@@ -65,6 +67,8 @@ class REDDiff:
         sigma_max: largest noise level, prior units. Published 157, where the denoised image is nearly constant.
         sigma_min: smallest. Published 0.01.
     """
+
+    estimate: ClassVar[str] = "point estimate"
 
     steps: int = 50
     rate: float = 0.7
@@ -87,8 +91,8 @@ class REDDiff:
         at_least(self, sigma_floor=0, z_lam=0, z_width=1e-12)
         if self.weight not in WEIGHTS:
             raise ValueError(f"REDDiff.weight is {self.weight!r}; one of {', '.join(WEIGHTS)} is wanted")
-        if self.order not in ("descending", "random"):
-            raise ValueError(f"REDDiff.order is {self.order!r}; descending or random is wanted")
+        if self.order not in ORDERS:
+            raise ValueError(f"REDDiff.order is {self.order!r}; one of {', '.join(ORDERS)} is wanted")
         geometric(self.steps, self.sigma_max, self.sigma_min)
 
     def sigma(self, i: int) -> float:
@@ -134,11 +138,13 @@ class REDDiff:
         return cg(normal, g, None, self.newton_steps, joint=bool(curvature))
 
     def _level(self, problem: Problem, i: int, draw: int) -> float:
-        """The noise level of one draw; random ones are log-uniform, stratified over the draws of a step."""
-        if self.order == "descending":
-            return self.sigma(i)
+        """The noise level of one draw; random ones are log-uniform, a mini-batch's stratified."""
+        if self.order in ("descending", "ascending"):
+            return self.sigma(i if self.order == "descending" else self.steps - 1 - i)
         noise = problem.noise
         if not isinstance(noise, KeyedNoise):
-            raise ValueError(f"REDDiff.order random needs KeyedNoise; {type(noise).__name__} has no uniform draws")
-        u = (draw + noise.uniform(i, draw)) / self.draws
+            raise ValueError(
+                f"REDDiff.order {self.order} needs KeyedNoise; {type(noise).__name__} has no uniform draws"
+            )
+        u = noise.uniform(i) if self.order == "random" else (draw + noise.uniform(i, draw)) / self.draws
         return self.sigma_max * (self.sigma_min / self.sigma_max) ** u
