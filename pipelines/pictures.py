@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,40 @@ def panel(
             figure.colorbar(shown, ax=axis, shrink=0.7, label=unit)
     stated = f"window {low:g} to {high:g} {unit}" if window or unit == "HU" else f"unit {unit}"
     figure.suptitle(f"{title}  ({stated}; not for diagnosis)".strip(), fontsize=10)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+class Picture(NamedTuple):
+    """title: above it; image: (h w); window: least and greatest shown value; bar: what its colour bar says, "" none."""
+
+    title: str
+    image: Tensor
+    window: tuple[float, float]
+    colours: str = "gray"
+    bar: str = ""
+
+
+def pictures(path: Path, row: Sequence[Picture], title: str = "") -> None:
+    """Write a PNG: pictures in a row, each in its own window.
+
+    Args:
+        path: the PNG.
+        row: from left to right.
+        title: above all.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.9 * len(row), 3.3), layout="constrained")
+    for axis, (name, image, (low, high), colours, bar) in zip(
+        figure.subplots(1, len(row), squeeze=False).flat, row, strict=True
+    ):
+        axis.set_axis_off()
+        shown = axis.imshow(image.detach().float().cpu().numpy(), cmap=colours, vmin=low, vmax=high)
+        axis.set_title(name, fontsize=9)
+        if bar:
+            figure.colorbar(shown, ax=axis, shrink=0.7, label=bar)
+    figure.suptitle(f"{title}  (not for diagnosis)".strip(), fontsize=10)
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
 
