@@ -35,6 +35,7 @@ from invdiff.protocols import Operator, Prior
 from invdiff.units import MU_WATER
 
 STEP = -5  # of the keyed noise: random signs
+RECURSION = 0.5  # share of the tolerance that CG's own residual may use up; rounding has the rest
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ def measured_or_invented(
 def undetermined(A: Any, x: Tensor, mu: float, iterations: int, tolerance: float) -> tuple[Tensor, int, float]:
     """(I - P) x = mu (A^T A + mu I)^-1 x by CG from x, so that a null space comes out whole; with its cost.
 
-    A slice rests once its residual is below ``tolerance`` mu |x|, which bounds its error by ``tolerance`` |x|: what
-    becomes of it does not depend on the others.
+    A residual below ``tolerance`` mu |x| bounds a slice's error by ``tolerance`` |x|. Then the slice rests: what becomes
+    of it does not depend on the others.
 
     Args:
         A: a LinearOperator, of which ``normal`` is used.
@@ -166,7 +167,7 @@ def undetermined(A: Any, x: Tensor, mu: float, iterations: int, tolerance: float
 
     rhs = mu * x
     size = inner(rhs, rhs)
-    out, used = _rested_cg(normal, rhs, x, tolerance**2 * size, iterations)
+    out, used = _rested_cg(normal, rhs, x, (RECURSION * tolerance) ** 2 * size, iterations)
     left = rhs - normal(out)
     ratio = inner(left, left) / size.clamp_min(torch.finfo(size.dtype).tiny)
     return out, used, float(ratio.max().sqrt())

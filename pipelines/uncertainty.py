@@ -62,7 +62,7 @@ def added_record(
         if bound > wanted:
             notes.append(
                 f"the split into measured and invented stopped after {parts.record['iterations']} iterations within "
-                f"{bound:.2g} of the image's norm, not {wanted:g}: raise invented.iterations"
+                f"{bound:.2g} of the image's norm, not {wanted:g}: raise invented.iterations or invented.tolerance"
             )
     return tables, notes
 
