@@ -147,8 +147,8 @@ def measured_or_invented(
 def undetermined(A: Any, x: Tensor, mu: float, iterations: int, tolerance: float) -> tuple[Tensor, int, float]:
     """(I - P) x = mu (A^T A + mu I)^-1 x by CG from x, so that a null space comes out whole; with its cost.
 
-    A residual below ``tolerance`` mu |x| bounds a slice's error by ``tolerance`` |x|. Then the slice rests: what becomes
-    of it does not depend on the others.
+    A residual below ``tolerance`` mu |x| bounds a slice's error by ``tolerance`` |x|. Then the slice rests: what
+    becomes of it does not depend on the others.
 
     Args:
         A: a LinearOperator, of which ``normal`` is used.

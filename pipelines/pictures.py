@@ -81,25 +81,27 @@ class Picture(NamedTuple):
     bar: str = ""
 
 
-def pictures(path: Path, row: Sequence[Picture], title: str = "") -> None:
-    """Write a PNG: pictures in a row, each in its own window.
+def pictures(path: Path, rows: Sequence[Sequence[Picture]], title: str = "") -> None:
+    """Write a PNG: rows of pictures, each in its own window.
 
     Args:
         path: the PNG.
-        row: from left to right.
+        rows: from above to below, each from left to right.
         title: above all.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.9 * len(row), 3.3), layout="constrained")
-    for axis, (name, image, (low, high), colours, bar) in zip(
-        figure.subplots(1, len(row), squeeze=False).flat, row, strict=True
-    ):
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(2.9 * columns, 2.8 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
         axis.set_axis_off()
-        shown = axis.imshow(image.detach().float().cpu().numpy(), cmap=colours, vmin=low, vmax=high)
-        axis.set_title(name, fontsize=9)
-        if bar:
-            figure.colorbar(shown, ax=axis, shrink=0.7, label=bar)
+    for line, row in zip(axes, rows, strict=True):
+        for axis, (name, image, (low, high), colours, bar) in zip(line, row, strict=False):
+            shown = axis.imshow(image.detach().float().cpu().numpy(), cmap=colours, vmin=low, vmax=high)
+            axis.set_title(name, fontsize=9)
+            if bar:
+                figure.colorbar(shown, ax=axis, shrink=0.7, label=bar)
     figure.suptitle(f"{title}  (not for diagnosis)".strip(), fontsize=10)
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)

@@ -86,19 +86,26 @@ def draw_maps(beside: Beside, maps: dict[str, Map], x: Tensor, unit: str, truth:
         if truth is not None:
             ratio = (x[k, 0] - truth[k, 0]).abs() / std.clamp_min(torch.finfo(std.dtype).tiny)
             row.append(Picture("|error| / deviation", ratio, (0, MOST_ERROR), "magma", "deviations"))
-        pictures(beside("-spread.png"), row, title)
+        pictures(beside("-spread.png"), [row], title)
     if "invented" in maps:
-        parts = {name: maps[name].image[k, 0] for name in ("measured", "invented", "invented-share")}
-        span = _end(parts["invented"].abs())
-        row = [
-            Picture("reconstruction", x[k, 0], window),
-            Picture("measured", parts["measured"], window),
-            Picture("invented", parts["invented"], (-span, span), "RdBu_r", unit),
-            Picture("invented share of the local structure", parts["invented-share"], (0, 1), "magma", "share"),
-        ]
+        images = {name: maps[name].image[k, 0] for name in ("measured", "invented", "invented-share")}
+        row = parts_row(x[k, 0], *images.values(), window, unit)
         if "left-open" in maps:
             row.append(Picture("left open by the data", maps["left-open"].image[k, 0], (0, 1), "magma", "share"))
-        pictures(beside("-invented.png"), row, title)
+        pictures(beside("-invented.png"), [row], title)
+
+
+def parts_row(
+    x: Tensor, measured: Tensor, invented: Tensor, share: Tensor, window: tuple[float, float], unit: str, name: str = ""
+) -> list[Picture]:
+    """Pictures of a reconstruction, its parts and the share (h w), the first called ``name``."""
+    span = _end(invented.abs())
+    return [
+        Picture(name or "reconstruction", x, window),
+        Picture("measured", measured, window),
+        Picture("invented", invented, (-span, span), "RdBu_r", unit),
+        Picture("invented share of the local structure", share, (0, 1), "magma", "share"),
+    ]
 
 
 def _end(image: Tensor) -> float:
