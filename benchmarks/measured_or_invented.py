@@ -4,7 +4,7 @@ python benchmarks/measured_or_invented.py --data FOLDER --out PICTURE.png [--vie
     [--steps 30] [--slice K] [--photons 1e5] [--tau 0.058 0.1 0.2 0.5] [--threads 2]
 
 FOLDER holds one DICOM series. One slice is measured on its own grid and reconstructed at half its pixels, so that the
-truth is known. Written: a row of pictures for each number of views (truth, reconstruction, measured part, invented part,
+truth is known. Written: a row of pictures for each number of views (truth, reconstruction, measured, invented part,
 share) at the default tau, and beside it as JSON the table that is printed: for each number of views and each tau the
 RMS of the invented part, the mean share, and the RMS of the reconstruction's error in either part. The split does not
 know the truth: errors that lie nearly all in the invented part say that it splits well.

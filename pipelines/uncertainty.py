@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,4 +111,4 @@ def parts_row(
 
 def _end(image: Tensor) -> float:
     """Where the grey scale of an image from 0 ends; 1 for an empty one."""
-    return float(image.float().flatten().quantile(SHOWN)) or 1.0
+    return float(np.quantile(image.numpy(), SHOWN)) or 1.0
