@@ -89,8 +89,8 @@ def draw_maps(beside: Beside, maps: dict[str, Map], x: Tensor, unit: str, truth:
             row.append(Picture("|error| / deviation", ratio, (0, MOST_ERROR), "magma", "deviations"))
         pictures(beside("-spread.png"), [row], title)
     if "invented" in maps:
-        images = {name: maps[name].image[k, 0] for name in ("measured", "invented", "invented-share")}
-        row = parts_row(x[k, 0], *images.values(), window, unit)
+        measured, invented, share = (maps[n].image[k, 0] for n in ("measured", "invented", "invented-share"))
+        row = parts_row(x[k, 0], measured, invented, share, window, unit)
         if "left-open" in maps:
             row.append(Picture("left open by the data", maps["left-open"].image[k, 0], (0, 1), "magma", "share"))
         pictures(beside("-invented.png"), [row], title)
