@@ -39,7 +39,8 @@ def show_progress(states: Iterator[Any], steps: int, name: str) -> Iterator[Any]
     ) as bar:
         task = bar.add_task(name, total=steps)
         for state in states:
-            bar.update(task, completed=state.i)
+            done = getattr(state, "done", None)  # samples, where several are drawn
+            bar.update(task, completed=state.i, description=name if done is None else f"{name}, {done} samples done")
             yield state
 
 
@@ -94,10 +95,18 @@ def reconstruct(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Slices denoised at once.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Run so many seeds: their mean, -std, and interval, -low and -high.")
+    ] = None,
+    best_of: Annotated[int | None, typer.Option(help="Run so many seeds and keep each slice's best.")] = None,
+    invented: Annotated[
+        bool, typer.Option("--invented", help="Tell -measured from -invented, with the -invented-share.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Reconstruct a measurement file into a volume, its record (.json) and its picture (.png)."""
     from invdiff.pipelines import compare as comparison
+    from invdiff.pipelines import output
     from invdiff.pipelines import reconstruct as pipeline
 
     flags: dict[str, dict[str, Any]] = {
@@ -107,11 +116,15 @@ def reconstruct(
         "input": {"index": index},
         "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
     }
+    asked = {"samples": samples, "best": best_of}
+    flags |= {table: {"count": count} for table, count in asked.items() if count is not None}
+    if invented:
+        flags["invented"] = {}
     job = pipeline.resolve(scan, flags, overrides or [])
     try:
         record = pipeline.run(job, resume, show_progress)
     except KeyboardInterrupt:
-        kept = pipeline.checkpoint_path(job.out)
+        kept = output.checkpoint_path(job.out)
         errors.print(
             f"interrupted; {kept} holds the run: the same command with --resume goes on"
             if kept.exists()
