@@ -14,21 +14,21 @@ SLICES = 0  # the axis along which the z-term couples
 MOST = 100  # CG iterations where the operator's own solve is asked for and mu is 0, which it does not take
 
 
-def correction(A: Any, rhs: Tensor, mu: float, cg_steps: int) -> Tensor:
+def correction(A: Any, rhs: Tensor, mu: float | Tensor, cg_steps: int) -> Tensor:
     """(A^H A + mu I)^-1 rhs; for mu = 0 the solution of least norm.
 
     Args:
         A: a LinearOperator.
         rhs: (s c h w).
-        mu: 0 or more.
-        cg_steps: CG iterations from zero, one step length a slice; 0 is the operator's own ``solve``.
+        mu: 0 or more; one for all, or (s 1 1 1).
+        cg_steps: CG iterations from zero, one step length a slice; 0 is the operator's own ``solve``, where mu is one.
     """
-    if cg_steps == 0 and mu > 0:
+    if cg_steps == 0 and not isinstance(mu, Tensor) and mu > 0:
         return A.solve(rhs, mu)
     return cg(lambda v: A.normal(v) + mu * v, rhs, None, cg_steps or MOST, 10 * torch.finfo(rhs.dtype).eps)
 
 
-def nearest(A: Any, y: Tensor, x: Tensor, mu: float, cg_steps: int) -> Tensor:
+def nearest(A: Any, y: Tensor, x: Tensor, mu: float | Tensor, cg_steps: int) -> Tensor:
     """argmin_v ||A v - y||^2 + mu ||v - x||^2, slice by slice; for mu = 0 the v nearest to x of those that fit y best.
 
     Solved for v - x, from zero: where CG stops early, what y does not determine stays as it is in x.
@@ -65,7 +65,7 @@ def gaussian_draw(
 
 
 def admm_sweep(
-    problem: Problem, x: Tensor, z: Tensor, u: Tensor, *, rho: float, lam: float, mu: float, cg_steps: int
+    problem: Problem, x: Tensor, z: Tensor, u: Tensor, *, rho: float, lam: float, mu: float | Tensor, cg_steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One ADMM sweep on ||A v - y||^2 / 2 + lam ||D_z v||_1 + mu/2 ||v - x||^2, from x (methods: DiffusionMBIR, DDS).
 
@@ -76,7 +76,7 @@ def admm_sweep(
         u: its scaled dual, same shape.
         rho: penalty, greater than 0.
         lam: weight of the TV across slices.
-        mu: weight of the anchor; 0 has none.
+        mu: weight of the anchor, one for all or (s 1 1 1); 0 has none.
         cg_steps: CG iterations, with one step length for all slices, which D_z couples.
 
     Returns:
@@ -86,7 +86,7 @@ def admm_sweep(
 
     def normal(v: Tensor) -> Tensor:
         out = A.normal(v) + rho * difference_adjoint(difference(v, SLICES), SLICES)
-        return out + mu * v if mu else out
+        return out + mu * v
 
     rhs = A.adjoint(problem.y) + rho * difference_adjoint(z - u, SLICES) + mu * x
     x = cg(normal, rhs, x, cg_steps, joint=True)
