@@ -15,6 +15,8 @@ from invdiff.samplers.checks import at_least, linear
 from invdiff.samplers.consistency import admm_sweep
 from invdiff.samplers.solver import denoised, reverse_diffusion, start
 
+NORM_SQUARED = 1.0  # ||A||^2: no step of SIRT is longer than 1 over it, or entries of both signs would make it diverge
+
 
 class MBIRState(NamedTuple):
     """i: steps done; x: clean estimate; x_t: noisy iterate; z, u: split D_z x and its scaled dual (s c h w)."""
@@ -44,7 +46,7 @@ class DiffusionMBIR:
         rho: ADMM penalty for ||A|| = 1 (published 10 for an operator of squared norm 390). Above about 0.1 the
             highest frequencies in z freeze and the run diverges.
         lam: weight of ||D_z x||_1 for [-1, 1] images and ||A|| = 1; lam / rho is the threshold. Published 2e-4.
-        final: end with one SIRT step, as published for CT.
+        final: end with one SIRT step, as published for CT; nowhere longer than 1 / ||A||^2, for entries of both signs.
         sigma_max: first noise level. Published 378.
         sigma_min: last one above 0. Published 0.01.
     """
@@ -84,9 +86,9 @@ class DiffusionMBIR:
         x, z, u = admm_sweep(problem, x, z, u, rho=self.rho, lam=self.lam, mu=0.0, cg_steps=1)
         last = i + 1 == self.steps
         if last and self.final:
-            ones = torch.ones_like(x)
             A = problem.operator
-            x = x + A.adjoint(problem.y - A.forward(x)) / A.normal(ones).clamp_min(1e-6)
+            weights = A.normal(torch.ones_like(x)).clamp_min(NORM_SQUARED)
+            x = x + A.adjoint(problem.y - A.forward(x)) / weights
         return MBIRState(i + 1, x if last else clean, x, z, u)
 
     def _correct(self, problem: Problem, x: Tensor, s: float, i: int) -> tuple[Tensor, Tensor]:
