@@ -27,7 +27,7 @@ from invdiff.priors.model import NetworkPrior, fast_dtype
 from invdiff.problem import Prepared, prepare
 from invdiff.protocols import Prior
 from invdiff.reconstruction import reconstruct, record_of
-from invdiff.run import checkpointed, fingerprint, guarded, iterate, last, load_state
+from invdiff.run import checkpointed, fingerprint, forget, guarded, iterate, last, resumed
 from invdiff.samplers import FBP, TV
 from invdiff.units import MU_WATER
 
@@ -197,7 +197,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     """Carry out a job: writes the volume, ``.json`` (record) and ``.png`` (panel) beside it; returns the record.
 
     While it runs ``<out>.checkpoint`` is kept up to date; an interrupt leaves it, and ``resume`` goes on from it
-    bit-identically.
+    bit-identically, from ``<out>.checkpoint.previous`` where the last one is torn.
 
     Raises:
         ValueError: input that does not fit; nothing is written then.
@@ -214,7 +214,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed)
     path = checkpoint_path(job.out)
     began = time.monotonic()
-    state = _loop(job, prepared, key, path, resume, progress)
+    state, notes = _loop(job, prepared, key, path, resume, progress)
     seconds = time.monotonic() - began
     x = prepared.to_physical(state.x).cpu()
     volume = as_volume(scan, x)
@@ -226,7 +226,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         "prior_sha256": weights,
         "scan_sha256": sha256_of([job.scan]),
         "source_sha256": scan.source_sha256,
-        "notes": notes_on(prior, volume),
+        "notes": [*notes, *notes_on(prior, volume)],
         "versions": versions(),
         "not_for_diagnosis": True,
     }
@@ -234,7 +234,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     with whole_file(beside(job.out, ".json")) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
     _picture(job, scan, volume, truth)
-    path.unlink(missing_ok=True)
+    forget(path)
     return record
 
 
@@ -248,14 +248,15 @@ def notes_on(prior: Prior, volume: Volume) -> list[str]:
 
 
 def _loop(job: Job, prepared: Prepared, key: str, path: Path, resume: bool, progress: Progress) -> Any:
+    """The last state, and what is to be noted of how the run went on."""
     problem, sampler = prepared.problem, job.sampler
-    state = None
+    state, note = None, ""
     if resume:
         kind = get_type_hints(type(sampler).init)["return"]
-        state = load_state(path, kind, key, problem.y.device)
+        state, note = resumed(path, kind, key, problem.y.device)
     states = guarded(iterate(sampler, problem, state), sampler, problem)
     kept = checkpointed(states, path, key, job.run.every)
-    return last(progress(kept, sampler.steps, kind_of(sampler)))
+    return last(progress(kept, sampler.steps, kind_of(sampler))), [note] if note else []
 
 
 def _scan_of(job: Job) -> Measurements:

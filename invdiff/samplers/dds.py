@@ -38,9 +38,9 @@ class DDS:
     noisy data weigh what they are worth. With ``anchor`` 0 stopping early is all that holds x near D, as published
     for noiseless data.
 
-    Not for a calibrated posterior: it is a sampler in form, but its spread is not the posterior's. Not with ``lam`` where data
-    have no noise and slices differ: even a perfect denoiser's image is then smoothed across slices, where with ``lam``
-    0 it comes back whole. Not for non-linear operators.
+    Not for a calibrated posterior: it is a sampler in form, but its spread is not the posterior's. Not with ``lam``
+    where data have no noise and slices differ: even a perfect denoiser's image is then smoothed across slices, where
+    with ``lam`` 0 it comes back whole. Not for non-linear operators.
 
     Args:
         steps: denoiser evaluations.

@@ -1,0 +1,152 @@
+"""Killed, torn and resumed: a run ends at the same bits."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from invdiff.datasets import write_measurements
+from invdiff.pipelines.simulate import Simulation, simulate
+from invdiff.run import TornError, checkpointed, forget, iterate, last, load_state, previous_path, resumed
+from invdiff.samplers import DDS
+from invdiff.samplers.dds import DDSState
+
+KEY = "the run"
+SAMPLER = DDS(steps=9, sigma_max=3.0)
+
+# One run by itself, without the command line's imports: a checkpoint every step, resumed if there is one
+ALONE = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from conftest import build_world
+from invdiff.run import checkpointed, iterate, last, resumed
+from invdiff.samplers.dds import DDS, DDSState
+torch.set_num_threads(1)
+path, out, sampler, problem = Path(sys.argv[2]), Path(sys.argv[3]), DDS(steps=600, sigma_max=3.0), build_world().problem
+state, note = resumed(path, DDSState, "k")
+end = last(checkpointed(iterate(sampler, problem, state), path, "k", every=1))
+torch.save(end.x, out)
+"""
+
+
+def states_on_disk(world: Any, path: Path) -> None:
+    """Checkpoints of steps 8 and, before it, 4."""
+    for state in checkpointed(iterate(SAMPLER, world.problem), path, KEY, every=4):
+        if state.i == 8:
+            return
+
+
+def test_a_checkpoint_cut_anywhere_gives_way_to_the_one_before(world: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.checkpoint"
+    wanted = last(iterate(SAMPLER, world.problem)).x
+    states_on_disk(world, path)
+    whole = path.read_bytes()
+    assert resumed(path, DDSState, KEY)[0].i == 8 and resumed(path, DDSState, KEY)[1] == ""  # type: ignore[union-attr]
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(TornError):
+            load_state(path, DDSState, KEY)
+        state, note = resumed(path, DDSState, KEY)
+        assert state is not None and state.i == 4 and "was torn" in note and "step 4" in note
+        assert torch.equal(last(iterate(SAMPLER, world.problem, state)).x, wanted)
+    path.unlink()  # killed between the two renames
+    assert resumed(path, DDSState, KEY)[0].i == 4  # type: ignore[union-attr]
+
+
+def test_a_changed_byte_is_seen(world: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.checkpoint"
+    states_on_disk(world, path)
+    whole = path.read_bytes()
+    x = load_state(path, DDSState, KEY).x.numpy().tobytes()
+    place = whole.index(x) + len(x) // 2
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(TornError, match="does not hold what was written"):
+        load_state(path, DDSState, KEY)
+    assert resumed(path, DDSState, KEY)[0].i == 4  # type: ignore[union-attr]
+
+
+def test_two_torn_checkpoints_are_refused_and_none_is_a_new_run(world: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.checkpoint"
+    state, note = resumed(path, DDSState, KEY)
+    assert state is None and "began anew" in note
+    states_on_disk(world, path)
+    with pytest.raises(ValueError, match="another run"):
+        resumed(path, DDSState, "another key")
+    path.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="another run"):
+        resumed(path, DDSState, "another key")
+    previous_path(path).write_bytes(b"")
+    with pytest.raises(TornError, match=r"run\.checkpoint is truncated"):
+        resumed(path, DDSState, KEY)
+    forget(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_half_written_is_removed(world: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.checkpoint"
+    (tmp_path / ".part-1-run.checkpoint").write_bytes(b"half")
+    (tmp_path / ".part-1-other.checkpoint").write_bytes(b"half")
+    states_on_disk(world, path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "run.checkpoint", "run.checkpoint.previous", ".part-1-other.checkpoint"
+    }  # fmt: skip
+
+
+def killed(words: list[str], delay: float, watched: Path | None = None) -> bool:
+    """Run a command and kill it after ``delay`` seconds, counted from when ``watched`` is there; whether it was."""
+    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while watched is not None and not watched.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        run.wait(delay)
+    except subprocess.TimeoutExpired:
+        run.kill()
+    return run.wait() == -signal.SIGKILL
+
+
+def test_two_kills_and_the_same_bits(tmp_path: Path) -> None:
+    def words(name: str) -> list[str]:
+        here, path, out = (str(p) for p in (Path(__file__).parent, tmp_path / f"{name}.run", tmp_path / f"{name}.pt"))
+        return [sys.executable, "-c", ALONE, here, path, out]
+
+    assert subprocess.run(words("whole")).returncode == 0
+    moments = random.Random(0)
+    for _ in range(2):
+        assert killed(words("cut"), moments.uniform(0.05, 0.4), tmp_path / "cut.run")
+    state, _ = resumed(tmp_path / "cut.run", DDSState, "k")
+    assert state is not None and 0 < state.i < 600
+    assert subprocess.run(words("cut")).returncode == 0
+    assert torch.equal(torch.load(tmp_path / "cut.pt"), torch.load(tmp_path / "whole.pt"))
+    assert not list(tmp_path.glob(".part-*"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_volume_and_the_same_bytes(prior: str, tmp_path: Path) -> None:
+    """Killed at a random moment of the whole command, from its start to its last file; resumed each time."""
+    from tests.test_pipelines import body
+
+    scan, _ = simulate(body((12, 40, 36)), Simulation(views=12, photons=1e6))
+    write_measurements(tmp_path / "scan.h5", [scan])
+    command = [sys.executable, "-m", "invdiff.pipelines.cli", "reconstruct", str(tmp_path / "scan.h5")]
+    command += ["--prior", prior, "sampler.steps=400", "run.every=2", "run.chunk=4", "--dtype", "float32", "-o"]
+    began = time.monotonic()
+    assert subprocess.run([*command, str(tmp_path / "whole.nii")]).returncode == 0
+    seconds, wanted = time.monotonic() - began, (tmp_path / "whole.nii").read_bytes()
+    moments, torn_off = random.Random(4), 0
+    for k in range(20):
+        out = tmp_path / f"cut{k}.nii"
+        torn_off += killed([*command, str(out)], moments.uniform(0, seconds))
+        assert subprocess.run([*command, str(out), "--resume"]).returncode == 0
+        assert out.read_bytes() == wanted
+    assert torn_off >= 15  # some may end before their moment
+    assert not list(tmp_path.glob("*.checkpoint*"))
