@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+ROOT_HALF = 0.5**0.5
 ROUNDING = 16.0  # relative residual, in machine epsilons, at which CG has nothing left to gain
 
 
@@ -111,6 +112,33 @@ def difference_adjoint(v: Tensor, dim: int) -> Tensor:
     inside = v.narrow(dim, 0, n - 1)
     zero = torch.zeros_like(v.narrow(dim, 0, 1))
     return torch.cat([zero, inside], dim) - torch.cat([inside, zero], dim)
+
+
+def haar(x: Tensor, dim: int) -> Tensor:
+    """Details of the orthonormal Haar transform along ``dim``, coarsest first after a 0 for the mean: same shape.
+
+    All levels; of an odd number the last value goes on to the next level as it is.
+    """
+    a, details = x.movedim(dim, 0), []
+    while len(a) > 1:
+        half = len(a) // 2
+        even, odd = a[: 2 * half : 2], a[1 : 2 * half : 2]
+        details.append((even - odd) * ROOT_HALF)
+        a = torch.cat([(even + odd) * ROOT_HALF, a[2 * half :]])
+    return torch.cat([torch.zeros_like(a), *reversed(details)]).movedim(0, dim)
+
+
+def haar_adjoint(v: Tensor, dim: int) -> Tensor:
+    """The exact adjoint of ``haar``: same shape. Of its details it makes what they are of, but for the mean."""
+    details, lengths = v.movedim(dim, 0), [v.shape[dim]]
+    while lengths[-1] > 1:
+        lengths.append(lengths[-1] - lengths[-1] // 2)
+    a, done = torch.zeros_like(details[:1]), 1
+    for half in (n // 2 for n in reversed(lengths[:-1])):
+        low, high, done = a[:half], details[done : done + half], done + half
+        pairs = torch.stack([low + high, low - high], 1).flatten(0, 1) * ROOT_HALF
+        a = torch.cat([pairs, a[half:]])
+    return a.movedim(0, dim)
 
 
 def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:

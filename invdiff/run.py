@@ -82,7 +82,7 @@ def fingerprint(*parts: Any) -> str:
         if isinstance(part, Tensor):
             digest.update(repr((tuple(part.shape), part.dtype)).encode())
             flat = part.detach().cpu().contiguous()
-            digest.update((torch.view_as_real(flat) if flat.is_complex() else flat).flatten().numpy())
+            digest.update((torch.view_as_real(flat) if flat.is_complex() else flat).flatten().numpy().data)
         else:
             digest.update(repr(part).encode())
         digest.update(b"|")

@@ -93,7 +93,7 @@ def reconstruct(
     seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
-    chunk: Annotated[int | None, typer.Option(help="Slices denoised at once.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Reconstruct a measurement file into a volume, its record (.json) and its picture (.png)."""
@@ -125,6 +125,29 @@ def reconstruct(
         console.print(f"note: {note}")
     if job.truth is not None:
         console.print(comparison.table(comparison.run(job.out, job.truth), str(job.out)))
+
+
+@app.command()
+def plan(
+    scan: Annotated[Path, typer.Argument(help="As for reconstruct: measurements, raw data, or a TOML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value, such as run.chunk=4.")] = None,
+    prior: Annotated[str | None, typer.Option(help="A shipped prior, a prior's folder, or none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dds, reddiff, diffusionmbir, tv, cgls, fbp, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,
+) -> None:
+    """What a reconstruction will take in memory and time; exit code 2 where it does not fit. Writes nothing."""
+    from invdiff.pipelines import plan as pipeline
+    from invdiff.pipelines.reconstruct import resolve
+
+    flags: dict[str, dict[str, Any]] = {
+        "output": {"path": "recon.nii.gz"},
+        "prior": {"name": prior},
+        "sampler": {"kind": sampler},
+        "run": {"device": device, "chunk": chunk},
+    }
+    for line in pipeline.run(resolve(scan, flags, overrides or [])).lines():
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -20,9 +20,10 @@ from invdiff.datasets import Measurements, Volume, read_htc2022, read_measuremen
 from invdiff.files import sha256_of, whole_file
 from invdiff.noise import KeyedNoise
 from invdiff.operators import Whitened
+from invdiff.pipelines.budget import Budget, budget_of, built, check, largest_chunk
 from invdiff.pipelines.compare import matched_truth
 from invdiff.pipelines.pictures import panel
-from invdiff.priors import Chunked, NoPrior, load
+from invdiff.priors import Chunked, NoPrior, Offloaded, load
 from invdiff.priors.model import NetworkPrior, fast_dtype
 from invdiff.problem import Prepared, prepare
 from invdiff.protocols import Prior
@@ -43,7 +44,8 @@ class RunConfig:
         seed: of all noise.
         device: such as ``cpu`` or ``cuda``.
         dtype: of the network's arithmetic: auto (bfloat16 where it is native), float32, bfloat16, float16.
-        chunk: slices denoised at once.
+        chunk: slices denoised at once; 0 finds how many fit, by halving (the record says how many).
+        offload: keep the volume and the projector in host memory; only the network and its chunk are on ``device``.
         every: steps between checkpoints.
     """
 
@@ -51,13 +53,14 @@ class RunConfig:
     device: str = "cpu"
     dtype: str = "auto"
     chunk: int = 8
+    offload: bool = False
     every: int = 25
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}; one of {', '.join(DTYPES)} is wanted")
-        if self.chunk < 1 or self.every < 1:
-            raise ValueError(f"chunk {self.chunk} and every {self.every}; at least 1 is wanted")
+        if self.chunk < 0 or self.every < 1:
+            raise ValueError(f"chunk {self.chunk} and every {self.every}; at least 0 and 1 are wanted")
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,7 @@ def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
     Raises:
         ValueError: an unknown kind, fields it does not take, or a y that does not fit it.
     """
-    kind = find("operators", scan.kind)
-    try:
-        operator = kind(**scan.fields)
-    except TypeError as error:
-        raise ValueError(f"operator {scan.kind!r} cannot be made from its fields: {error}") from error
+    operator = built(scan.kind, scan.fields)
     if tuple(scan.y.shape) != tuple(operator.range.shape):
         raise ValueError(
             f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {tuple(operator.range.shape)}"
@@ -162,12 +161,34 @@ def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
 
 
 def prior_of(name: str, run: RunConfig) -> tuple[Prior, str]:
-    """The prior on its device, and the hash of its weights ("" for none)."""
+    """The prior on its device, in chunks if ``run`` says of how many, and the hash of its weights ("" for none)."""
     if name == "none":
         return NoPrior(), ""
     device = device_of(run.device)
     network: NetworkPrior = load(name).to(device, dtype_of(run.dtype, device))
-    return Chunked(network, run.chunk), network.sha256 or ""
+    prior: Prior = Offloaded(network, device) if run.offload else network
+    return Chunked(prior, run.chunk) if run.chunk else prior, network.sha256 or ""
+
+
+def within_memory(scan: Measurements, sampler: Any, prior: Prior, run: RunConfig) -> tuple[Prior, Budget, list[str]]:
+    """The prior of ``prior_of`` in chunks that fit, what the run will take, and what is to be noted of that.
+
+    Raises:
+        ValueError: a run that does not fit into the free memory.
+    """
+    device, home = device_of(run.device), home_of(run)
+    bare = prior.prior if isinstance(prior, Chunked) else prior
+    budget = budget_of(scan, sampler, bare, run.chunk, device, home)
+    note = check(budget, device, home)
+    if not run.chunk and not isinstance(bare, NoPrior):
+        chunk = largest_chunk(bare, budget.chunk, tuple(scan.fields["shape"])[1:], home)
+        prior, budget = Chunked(bare, chunk), replace(budget, chunk=chunk)
+    return prior, budget, [note] if note else []
+
+
+def home_of(run: RunConfig) -> torch.device:
+    """Where the volume, the measurements and the sampler's state are."""
+    return torch.device("cpu") if run.offload else device_of(run.device)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype | None:
@@ -204,17 +225,19 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         DivergedError: NaN or a growing residual.
     """
     check_writable(job.out)
-    scan = _scan_of(job)
+    scan = scan_of(job)
     empty = as_volume(scan, torch.zeros(tuple(scan.fields["shape"])))
     truth = None if job.truth is None else matched_truth(empty, job.truth)
-    operator, y, sigma_y = operator_of(scan)
     prior, weights = prior_of(job.prior, job.run)
-    device = device_of(job.run.device)
-    prepared = prepare(y.to(device), operator, prior, sigma_y, KeyedNoise(job.run.seed), scan.mu_water or MU_WATER)
+    prior, budget, notes = within_memory(scan, job.sampler, prior, job.run)
+    operator, y, sigma_y = operator_of(scan)
+    prepared = prepare(
+        y.to(home_of(job.run)), operator, prior, sigma_y, KeyedNoise(job.run.seed), scan.mu_water or MU_WATER
+    )
     key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed)
     path = checkpoint_path(job.out)
     began = time.monotonic()
-    state, notes = _loop(job, prepared, key, path, resume, progress)
+    state, note = _loop(job, prepared, key, path, resume, progress)
     seconds = time.monotonic() - began
     x = prepared.to_physical(state.x).cpu()
     volume = as_volume(scan, x)
@@ -222,11 +245,12 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         **record_of(prepared, job.sampler, state, job.run.seed),
         "config": job.document,
         "seconds": round(seconds, 2),
+        "chunk": budget.chunk,
         "fingerprint": key,
         "prior_sha256": weights,
         "scan_sha256": sha256_of([job.scan]),
         "source_sha256": scan.source_sha256,
-        "notes": [*notes, *notes_on(prior, volume)],
+        "notes": [*notes, *note, *notes_on(prior, volume)],
         "versions": versions(),
         "not_for_diagnosis": True,
     }
@@ -259,7 +283,8 @@ def _loop(job: Job, prepared: Prepared, key: str, path: Path, resume: bool, prog
     return last(progress(kept, sampler.steps, kind_of(sampler))), [note] if note else []
 
 
-def _scan_of(job: Job) -> Measurements:
+def scan_of(job: Job) -> Measurements:
+    """The scan that a job names."""
     scans = [read_htc2022(job.scan)] if job.scan.suffix == ".mat" else read_measurements(job.scan)
     if not 0 <= job.index < len(scans):
         raise ValueError(f"{job.scan} holds {len(scans)} scans; index {job.index} is not among 0 to {len(scans) - 1}")
@@ -285,17 +310,17 @@ def _picture(job: Job, scan: Measurements, volume: Volume, truth: Volume | None)
 
 def baseline_slice(scan: Measurements, sampler: Any, index: int) -> Tensor:
     """One slice (h w) in HU by a prior-free baseline, on the CPU."""
-    operator, y, sigma_y = operator_of(one_slice(scan, index))
+    operator, y, sigma_y = operator_of(some_slices(scan, index))
     return reconstruct(y, operator, NoPrior(), sampler, sigma_y, mu_water=scan.mu_water or MU_WATER).x[0, 0]
 
 
-def one_slice(scan: Measurements, index: int) -> Measurements:
-    """The scan of a single slice."""
-    rows = slice(index, index + 1)
+def some_slices(scan: Measurements, index: int, count: int = 1) -> Measurements:
+    """The scan of ``count`` slices from ``index`` on."""
+    rows = slice(index, index + count)
     weights = scan.sqrt_w if scan.sqrt_w is None or scan.sqrt_w.shape[0] == 1 else scan.sqrt_w[rows]
     affine = scan.affine.copy()
     affine[:, 3] += index * affine[:, 2]
-    fields = {**scan.fields, "shape": (1, *tuple(scan.fields["shape"])[1:])}
+    fields = {**scan.fields, "shape": (count, *tuple(scan.fields["shape"])[1:])}
     return replace(scan, y=scan.y[rows], sqrt_w=weights, fields=fields, affine=affine)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from invdiff.config import build, find, parse_override, with_overrides
-from invdiff.linalg import cg, difference, difference_adjoint, power_norm, shrink
+from invdiff.linalg import cg, difference, difference_adjoint, haar, haar_adjoint, power_norm, shrink
 from invdiff.metrics import compare, nmse, psnr
 from invdiff.noise import geometric, karras
 from invdiff.priors import GaussianPrior, NoPrior
@@ -53,6 +53,26 @@ def test_cg_beyond_convergence_and_on_a_singular_system_stays_put() -> None:
     few, many = (cg(lambda v: (a.T @ (a @ v.T)).T, b[None], iterations=k) for k in (10, 500))
     torch.testing.assert_close(few, many, atol=1e-4, rtol=1e-4)
     assert torch.equal(cg(lambda v: v, torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 5, 8, 13])
+def test_haar_is_orthonormal_but_for_the_mean(slices: int) -> None:
+    g = torch.Generator().manual_seed(6)
+    x, v = torch.randn(2, 4, slices, 3, dtype=torch.float64, generator=g)
+    details = haar(x, 1)
+    left, right = (details * v).sum(), (x * haar_adjoint(v, 1)).sum()
+    torch.testing.assert_close(left, right, rtol=1e-13, atol=1e-13)
+    lost = x - haar_adjoint(details, 1)  # one direction of all slices
+    assert torch.linalg.matrix_rank(lost.movedim(1, 0).flatten(1)) == 1
+    torch.testing.assert_close(details.square().sum() + lost.square().sum(), x.square().sum())
+    if slices in (2, 8):
+        torch.testing.assert_close(lost, x.mean(1, keepdim=True).expand_as(x))
+        assert float(haar(torch.full((4, slices, 3), 2.5), 1).abs().max()) == 0
+
+
+def test_haar_of_a_step_is_one_detail() -> None:
+    x = torch.cat([torch.zeros(4, 1), torch.ones(4, 1)])
+    assert (haar(x, 0).abs() > 1e-6).sum() == 1 and float(haar(x, 0)[1]) == pytest.approx(-(2**0.5))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -56,6 +56,7 @@ PRIOR_FREE: dict[str, Any] = {"fbp": FBP(), "cgls": CGLS(steps=4), "tv": TV(step
 SHORT: dict[str, Any] = {
     "dds": DDS(steps=6),
     "dds, uncoupled": DDS(steps=6, lam=0.0),
+    "dds, haar": DDS(steps=6, coupling="haar"),
     "reddiff": REDDiff(steps=8, z_lam=0.5),
     "reddiff, adam": REDDiff(steps=12, newton_steps=0, order="mini-batch"),
     "diffusionmbir": DiffusionMBIR(steps=12),
@@ -68,7 +69,13 @@ SHORT: dict[str, Any] = {
     "split-gibbs": SplitGibbs(steps=6, keep=2, cg_steps=8),
     **PRIOR_FREE,
 }
-COUPLED = ("dds", "reddiff", "diffusionmbir", "tv")  # DiffusionMBIR's penalty couples slices whatever lam is
+COUPLED = (
+    "dds",
+    "dds, haar",
+    "reddiff",
+    "diffusionmbir",
+    "tv",
+)  # DiffusionMBIR's rho does at any lam
 TOLERANCE = 1e-4  # of the image's span
 FACTORS = (1e-3, 1e3)
 

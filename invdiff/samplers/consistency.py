@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, difference, difference_adjoint, shrink
+from invdiff.linalg import cg, difference, difference_adjoint, haar, haar_adjoint, shrink
 from invdiff.protocols import Problem
 
 SLICES = 0  # the axis along which the z-term couples
+COUPLINGS = {"tv": (difference, difference_adjoint), "haar": (haar, haar_adjoint)}  # what is sparse, and its adjoint
 MOST = 100  # CG iterations where the operator's own solve is asked for and mu is 0, which it does not take
 
 
@@ -64,8 +65,23 @@ def gaussian_draw(
     return nearest(problem.operator, y, moved, (sigma_y / deviation) ** 2, cg_steps)
 
 
+def check_coupling(owner: object, coupling: str) -> None:
+    """Refuse a name that is no coupling's."""
+    if coupling not in COUPLINGS:
+        raise ValueError(f"{type(owner).__name__}.coupling is {coupling!r}; one of {', '.join(COUPLINGS)} is wanted")
+
+
 def admm_sweep(
-    problem: Problem, x: Tensor, z: Tensor, u: Tensor, *, rho: float, lam: float, mu: float, cg_steps: int
+    problem: Problem,
+    x: Tensor,
+    z: Tensor,
+    u: Tensor,
+    *,
+    rho: float,
+    lam: float,
+    mu: float,
+    cg_steps: int,
+    coupling: str = "tv",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One ADMM sweep on ||A v - y||^2 / 2 + lam ||D_z v||_1 + mu/2 ||v - x||^2, from x (methods: DiffusionMBIR, DDS).
 
@@ -75,21 +91,22 @@ def admm_sweep(
         z: split D_z x, same shape.
         u: its scaled dual, same shape.
         rho: penalty, greater than 0.
-        lam: weight of the TV across slices.
+        lam: weight of the term across slices.
         mu: weight of the anchor; 0 has none.
         cg_steps: CG iterations, with one step length for all slices, which D_z couples.
+        coupling: what D_z is: ``tv`` differences of neighbours, ``haar`` the details of a Haar transform.
 
     Returns:
         The new x, z and u.
     """
-    A = problem.operator
+    A, (across, back) = problem.operator, COUPLINGS[coupling]
 
     def normal(v: Tensor) -> Tensor:
-        out = A.normal(v) + rho * difference_adjoint(difference(v, SLICES), SLICES)
+        out = A.normal(v) + rho * back(across(v, SLICES), SLICES)
         return out + mu * v if mu else out
 
-    rhs = A.adjoint(problem.y) + rho * difference_adjoint(z - u, SLICES) + mu * x
+    rhs = A.adjoint(problem.y) + rho * back(z - u, SLICES) + mu * x
     x = cg(normal, rhs, x, cg_steps, joint=True)
-    d = difference(x, SLICES)
+    d = across(x, SLICES)
     z = shrink(d + u, lam / rho)
     return x, z, u + d - z
