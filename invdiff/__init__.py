@@ -11,7 +11,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """``invdiff.reconstruct``, ``invdiff.sample`` and ``invdiff.Result``, imported when first asked for."""
+    """``reconstruct``, ``sample``, ``Result`` and ``measured_or_invented``, imported when first asked for."""
+    if name == "measured_or_invented":
+        from invdiff.invented import measured_or_invented
+
+        return measured_or_invented
     if name in ("reconstruct", "sample", "Result"):
         from invdiff import reconstruction
 

@@ -39,12 +39,39 @@ def rank_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
         ValueError: a level outside (0, 1), or too few samples for it.
     """
     k = len(samples)
-    below = _tail(level) * (k + 1)
-    if below < 1 - 1e-9:
-        needed = math.ceil(2 / (1 - level) - 1 - 1e-9)
-        raise ValueError(f"{k} samples for an interval of {level:.0%}; {needed} or more are wanted, or Student's")
+    below = lower_rank(k, level)
     ordered = samples.sort(0).values
-    return _at_rank(ordered, below), _at_rank(ordered, k + 1 - below)
+    return at_rank(ordered, below), at_rank(ordered, k + 1 - below)
+
+
+def lower_rank(count: int, level: float) -> float:
+    """The rank, from 1, at which ``rank_interval`` reads its lower bound; the upper one is as far from the other end.
+
+    Raises:
+        ValueError: a level outside (0, 1), or too few samples for it.
+    """
+    below = _tail(level) * (count + 1)
+    if below < 1 - 1e-9:
+        raise ValueError(
+            f"{count} samples for an interval of {level:.0%}; {fewest(level)} or more are wanted, or Student's"
+        )
+    return below
+
+
+def fewest(level: float) -> int:
+    """The least number of samples for which ``rank_interval`` has ranks.
+
+    Raises:
+        ValueError: a level outside (0, 1).
+    """
+    return math.ceil(1 / _tail(level) - 1 - 1e-9)
+
+
+def at_rank(ordered: Tensor, rank: float) -> Tensor:
+    """The sample of a rank from 1 to k, interpolated between the two next to it: (k ...), ascending -> (...)."""
+    whole = min(max(math.floor(rank + 1e-9), 1), len(ordered))
+    upper = min(whole, len(ordered) - 1)
+    return torch.lerp(ordered[whole - 1], ordered[upper], max(0.0, rank - whole))
 
 
 def student_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
@@ -57,13 +84,22 @@ def student_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a level outside (0, 1), or fewer than 2 samples.
     """
+    reach = student_reach(len(samples), level) * samples.std(0)
+    return samples.mean(0) - reach, samples.mean(0) + reach
+
+
+def student_reach(count: int, level: float) -> float:
+    """t sqrt(1 + 1/k): how many of their standard deviations ``student_interval`` reaches to either side.
+
+    Raises:
+        ValueError: a level outside (0, 1), or fewer than 2 samples.
+    """
     from scipy.special import stdtrit
 
-    k, tail = len(samples), _tail(level)
-    if k < 2:
-        raise ValueError(f"{k} samples for an interval; 2 or more are wanted")
-    reach = float(stdtrit(k - 1, 1 - tail)) * math.sqrt(1 + 1 / k) * samples.std(0)
-    return samples.mean(0) - reach, samples.mean(0) + reach
+    tail = _tail(level)
+    if count < 2:
+        raise ValueError(f"{count} samples for an interval; 2 or more are wanted")
+    return float(stdtrit(count - 1, 1 - tail)) * math.sqrt(1 + 1 / count)
 
 
 def covered(interval: tuple[Tensor, Tensor], truth: Tensor) -> float:
@@ -173,10 +209,3 @@ def _tail(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; a number between 0 and 1 is wanted")
     return (1 - level) / 2
-
-
-def _at_rank(ordered: Tensor, rank: float) -> Tensor:
-    """The sample of a rank from 1 to k, interpolated between the two next to it."""
-    whole = min(max(math.floor(rank + 1e-9), 1), len(ordered))
-    upper = min(whole, len(ordered) - 1)
-    return torch.lerp(ordered[whole - 1], ordered[upper], max(0.0, rank - whole))

@@ -13,21 +13,35 @@ from invdiff.noise import KeyedNoise
 from invdiff.priors.model import fast_dtype, load
 from invdiff.priors.wrappers import Chunked
 from invdiff.problem import Prepared, prepare, unconditional
-from invdiff.protocols import Operator, Prior, Sampler, State
+from invdiff.protocols import Operator, Prior, Problem, Sampler, State
 from invdiff.run import guarded, iterate, last, residual_norms
 from invdiff.samplers.dds import DDS
 from invdiff.samplers.dpmpp import DPMpp2M
 from invdiff.samplers.solver import Solver
+from invdiff.uncertainty import BestState, Gather, SeedsState, Spread, SpreadState, meaning, over_seeds
 from invdiff.units import MU_WATER
 
 Progress = Callable[[Iterator[Any]], Iterator[Any]]
 
 
 class Result(NamedTuple):
-    """x: the images (s c h w) in the prior's physical unit; record: what was run and how well y, if any, is matched."""
+    """x: the images (s c h w) in the prior's physical unit; record: what was run and how well y, if any, is matched.
+
+    Where samples were summed up x is their mean, std their standard deviation, low and high their interval; else None.
+    """
 
     x: Tensor
     record: dict[str, Any]
+    std: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+
+class _End(NamedTuple):
+    """What a record is written of where many samples became one image."""
+
+    i: int
+    x: Tensor
 
 
 def run_record(prepared: Prepared, sampler: Sampler[Any], state: State, seed: int) -> dict[str, Any]:
@@ -47,16 +61,47 @@ def record_of(prepared: Prepared, sampler: Sampler[Any], state: State, seed: int
     """What a result is: sampler and its fields, prior, seed, norm, noise and the residual's chi^2 per measurement."""
     problem = prepared.problem
     residual = residual_norms(problem, state.x)
-    # y may be complex: two real components a measurement, each with deviation sigma_y
-    count = problem.y[0].numel() * (2 if problem.y.is_complex() else 1)
-    chi2 = (residual.square() / count / problem.sigma_y**2).tolist() if problem.sigma_y > 0 else None
     return {
         **run_record(prepared, sampler, state, seed),
         "operator_norm": prepared.norm,
         "sigma_y_normalised": problem.sigma_y,
         "residual": (residual / problem.y.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).tolist(),
-        "chi2": chi2,
+        "chi2": chi2_of(problem, residual),
     }
+
+
+def chi2_of(problem: Problem, residual: Tensor) -> list[Any] | None:
+    """Chi^2 per measurement of residual norms (... s); None for noiseless data."""
+    # y may be complex: two real components a measurement, each with deviation sigma_y
+    count = problem.y[0].numel() * (2 if problem.y.is_complex() else 1)
+    return (residual.square() / count / problem.sigma_y**2).tolist() if problem.sigma_y > 0 else None
+
+
+def gathered(prepared: Prepared, sampler: Sampler[Any], gather: Gather, end: SeedsState, seed: int) -> Result:
+    """What a finished run over seeds says, in the prior's physical unit, with its record.
+
+    Args:
+        prepared: the problem that was run.
+        sampler: what ran.
+        gather: what became of the images.
+        end: the last state of ``invdiff.uncertainty.over_seeds``.
+        seed: of the first sample.
+    """
+    scale, to_physical = prepared.to_physical.scale, prepared.to_physical
+    extra: dict[str, Any] = {"seeds": list(range(seed, seed + gather.count)), **asdict(gather)}
+    extra |= {"meaning": meaning(gather, sampler.estimate), "chi2": chi2_of(prepared.problem, end.residuals)}
+    maps: dict[str, Tensor] = {}
+    if isinstance(gather, Spread):
+        x, std, low, high = gather.summary(SpreadState(**end.kept))
+        maps = {"std": scale * std, "low": to_physical(low), "high": to_physical(high)}
+        extra["interval"] = "rank" if gather.by_rank else "student"
+    else:
+        best = BestState(**end.kept)
+        x = best.x
+        extra |= {"chosen_seeds": (best.which + seed).tolist(), "score": best.score.tolist()}
+    record = record_of(prepared, sampler, _End(end.i, x), seed)
+    record["samples" if maps else "best"] = extra
+    return Result(to_physical(x), record, **maps)
 
 
 def reconstruct(
@@ -69,6 +114,7 @@ def reconstruct(
     chunk: int | None = None,
     mu_water: float = MU_WATER,
     progress: Progress | None = None,
+    samples: int | Gather | None = None,
 ) -> Result:
     """Reconstruct an image from measurements. Runs where ``y`` is.
 
@@ -85,9 +131,11 @@ def reconstruct(
         chunk: slices denoised at once; all if None.
         mu_water: attenuation of water in 1/mm, for CT.
         progress: wraps the iterator of states, such as a progress bar.
+        samples: run so many seeds, from ``seed`` up, and return their mean, standard deviation and 90 % interval:
+            short for ``invdiff.uncertainty.Spread(samples)``; with ``BestOf(4)`` the best of four instead.
 
     Returns:
-        ``x`` in the prior's unit (HU for ``ct``) and ``record``.
+        ``x`` in the prior's unit (HU for ``ct``) and ``record``; with ``samples`` also ``std``, ``low``, ``high``.
 
     Raises:
         ValueError: anything that does not fit; the message says what came and what was wanted.
@@ -96,6 +144,10 @@ def reconstruct(
     chosen = DDS() if sampler is None else sampler
     used = _prior_on(y.device, prior, chunk)
     prepared = prepare(y, operator, used, sigma_y, KeyedNoise(seed), mu_water)
+    if samples is not None:
+        gather = Spread(samples) if isinstance(samples, int) else samples
+        states: Iterator[Any] = over_seeds(chosen, prepared.problem, gather)
+        return gathered(prepared, chosen, gather, last(states if progress is None else progress(states)), seed)
     state = _run(prepared, chosen, progress)
     return Result(prepared.to_physical(state.x), record_of(prepared, chosen, state, seed))
 

@@ -76,9 +76,11 @@ def guarded(states: Iterable[S], sampler: Sampler[S], problem: Problem, every: i
 
 
 def fingerprint(*parts: Any) -> str:
-    """A hash of everything that fixes a run: tensors by their bytes, the rest by ``repr``."""
+    """A hash of everything that fixes a run: tensors by their bytes, tables by theirs, the rest by ``repr``."""
     digest = hashlib.sha256()
     for part in parts:
+        if isinstance(part, dict):
+            part = (tuple(part), fingerprint(*part.values()))
         if isinstance(part, Tensor):
             digest.update(repr((tuple(part.shape), part.dtype)).encode())
             flat = part.detach().cpu().contiguous()

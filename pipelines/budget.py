@@ -8,7 +8,7 @@ network. What a projector keeps is an estimate of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from invdiff.config import find
 from invdiff.datasets import Measurements
+from invdiff.invented import Split, measured_or_invented
 from invdiff.operators import Whitened
 from invdiff.operators.ct.beam import MEMORY_MB, BeamOperator
 from invdiff.operators.linear import LinearOperatorBase
 from invdiff.pipelines.memory import Tally, free_bytes, out_of_memory
 from invdiff.priors import Chunked, NoPrior
-from invdiff.problem import prepare, prior_to_operator
+from invdiff.problem import Prepared, prepare, prior_to_operator
 from invdiff.protocols import Prior, Space
 from invdiff.run import iterate, residual_norms
+from invdiff.uncertainty import BestOf, Gather, Spread
 
 FEW = 2  # slices that are counted
 STEPS = 3  # of the sampler that are counted
@@ -100,11 +102,28 @@ class Volume:
     differentiated: bool
 
 
-def volume_of(sampler: Any, prior: Prior, operator: Outline, sqrt_w: Tensor | None) -> Volume:
+@dataclass(frozen=True)
+class Work:
+    """What is done with a scan.
+
+    Args:
+        sampler: whose states there are.
+        wrapped: what is made of the chunked prior.
+        gather: what becomes of several samples, None for one run.
+        split: how measured and invented are told apart, if so.
+    """
+
+    sampler: Any
+    wrapped: Callable[[Prior], Prior] = lambda prior: prior
+    gather: Gather | None = None
+    split: Split | None = None
+
+
+def volume_of(work: Work, prior: Prior, operator: Outline, sqrt_w: Tensor | None) -> Volume:
     """Count the tensors of a short run.
 
     Args:
-        sampler: whose states they are.
+        work: what is run.
         prior: states range and unit; it is not called.
         operator: of a few slices.
         sqrt_w: ray weights of these slices, or None.
@@ -116,13 +135,33 @@ def volume_of(sampler: Any, prior: Prior, operator: Outline, sqrt_w: Tensor | No
         whole: Any = operator if sqrt_w is None else Whitened(operator, sqrt_w)
         y = y if sqrt_w is None else sqrt_w * y
         sigma_y = SIGMA_Y * prior_to_operator(prior, operator)[1].scale  # of an operator of norm 1
-        prepared = prepare(y, whole, Chunked(stand_in, 1), sigma_y)
-        for state in islice(iterate(sampler, prepared.problem), STEPS):
-            residual_norms(prepared.problem, state.x)
-        image = prepared.to_physical(state.x).float()
+        prepared = prepare(y, whole, work.wrapped(Chunked(stand_in, 1)), sigma_y)
+        image, kept = _short_run(work, prepared)
+        if work.split is not None:
+            few = replace(work.split, iterations=FEW, probes=min(work.split.probes, 1))
+            kept += measured_or_invented(image, whole, prior, sigma_y, few)[:-1]
         end = tally.alive
-        del image
+        del image, kept
     return Volume(tally.peak / s, stand_in.alive / s, end / s, stand_in.differentiated)
+
+
+def _short_run(work: Work, prepared: Prepared) -> tuple[Tensor, tuple[Any, ...]]:
+    """The image of a few steps and what else is kept to the end, both of the work's whole making."""
+    problem, kept = prepared.problem, None
+    gather: Any = work.gather
+    if gather is not None:
+        gather = replace(gather, density=0.0) if isinstance(gather, BestOf) else gather
+        kept = gather.start(problem)
+        for _ in range(2):  # what it starts with may share memory
+            kept = gather.add(problem, kept, torch.zeros(problem.operator.domain.shape))
+    for state in islice(iterate(work.sampler, problem), STEPS):
+        residual_norms(problem, state.x)
+    if gather is None:
+        return prepared.to_physical(state.x).float(), ()
+    kept = gather.add(problem, kept, state.x)
+    ends = gather.summary(kept._replace(n=gather.count)) if isinstance(gather, Spread) else (kept.x,)
+    maps = [prepared.to_physical(end).float() for end in ends]
+    return maps[0], (*maps[1:], *kept)
 
 
 def network_bytes(prior: Prior, shape: tuple[int, ...], device: torch.device, gradient: bool) -> tuple[float, float]:
@@ -219,13 +258,13 @@ class Budget:
 
 
 def budget_of(
-    scan: Measurements, sampler: Any, prior: Prior, chunk: int, device: torch.device, home: torch.device
+    scan: Measurements, work: Work, prior: Prior, chunk: int, device: torch.device, home: torch.device
 ) -> Budget:
     """What a run will take, counted on a few slices.
 
     Args:
         scan: read already.
-        sampler: of the run.
+        work: what is done with it.
         prior: on ``device``, not chunked.
         chunk: slices denoised at once; 0 is as many as half of the free memory holds.
         device: where the network is.
@@ -242,7 +281,7 @@ def budget_of(
     few = min(FEW, slices)
     spaces = [Space((few, *space.shape[1:]), space.dtype) for space in (one.domain, one.range)]
     weights = None if scan.sqrt_w is None else scan.sqrt_w[: few if len(scan.sqrt_w) > 1 else 1]
-    volume = volume_of(sampler, prior, Outline(spaces[0], spaces[1], one.unit), weights)
+    volume = volume_of(work, prior, Outline(spaces[0], spaces[1], one.unit), weights)
     silent = isinstance(prior, NoPrior)
     network = (0.0, 0.0) if silent else network_bytes(prior, tuple(shape), device, volume.differentiated)
     small = home.type == "cpu" and math.prod(one.domain.shape) * slices * one.domain.dtype.itemsize < HELD_BYTES

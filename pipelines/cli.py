@@ -24,6 +24,13 @@ console = Console()
 errors = Console(stderr=True)
 
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+Samples = Annotated[
+    int | None, typer.Option(help="Run so many seeds: their mean, -std, and interval, -low and -high.")
+]  # fmt: skip
+BestOf = Annotated[int | None, typer.Option(help="Run so many seeds and keep each slice's best.")]
+Invented = Annotated[
+    bool, typer.Option("--invented", help="Tell -measured from -invented, with the -invented-share.")
+]  # fmt: skip
 
 
 def show_progress(states: Iterator[Any], steps: int, name: str) -> Iterator[Any]:
@@ -39,7 +46,8 @@ def show_progress(states: Iterator[Any], steps: int, name: str) -> Iterator[Any]
     ) as bar:
         task = bar.add_task(name, total=steps)
         for state in states:
-            bar.update(task, completed=state.i)
+            done = getattr(state, "done", None)  # samples, where several are drawn
+            bar.update(task, completed=state.i, description=name if done is None else f"{name}, {done} samples done")
             yield state
 
 
@@ -94,10 +102,14 @@ def reconstruct(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,
+    samples: Samples = None,
+    best_of: BestOf = None,
+    invented: Invented = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Reconstruct a measurement file into a volume, its record (.json) and its picture (.png)."""
     from invdiff.pipelines import compare as comparison
+    from invdiff.pipelines import output
     from invdiff.pipelines import reconstruct as pipeline
 
     flags: dict[str, dict[str, Any]] = {
@@ -107,11 +119,12 @@ def reconstruct(
         "input": {"index": index},
         "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
     }
+    flags |= _how_sure(samples, best_of, invented)
     job = pipeline.resolve(scan, flags, overrides or [])
     try:
         record = pipeline.run(job, resume, show_progress)
     except KeyboardInterrupt:
-        kept = pipeline.checkpoint_path(job.out)
+        kept = output.checkpoint_path(job.out)
         errors.print(
             f"interrupted; {kept} holds the run: the same command with --resume goes on"
             if kept.exists()
@@ -135,6 +148,9 @@ def plan(
     sampler: Annotated[str | None, typer.Option(help="dds, reddiff, diffusionmbir, tv, cgls, fbp, ...")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,
+    samples: Samples = None,
+    best_of: BestOf = None,
+    invented: Invented = False,
 ) -> None:
     """What a reconstruction will take in memory and time; exit code 2 where it does not fit. Writes nothing."""
     from invdiff.pipelines import plan as pipeline
@@ -146,6 +162,7 @@ def plan(
         "sampler": {"kind": sampler},
         "run": {"device": device, "chunk": chunk},
     }
+    flags |= _how_sure(samples, best_of, invented)
     for line in pipeline.run(resolve(scan, flags, overrides or [])).lines():
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -216,6 +233,13 @@ def train(
         kept = (out / pipeline.STATE_FILE).exists()
         errors.print(f"interrupted; {out} holds the run: with --resume it goes on" if kept else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _how_sure(samples: int | None, best_of: int | None, invented: bool) -> dict[str, dict[str, Any]]:
+    """The tables that these options stand for."""
+    asked = {"samples": samples, "best": best_of}
+    tables: dict[str, dict[str, Any]] = {table: {"count": n} for table, n in asked.items() if n is not None}
+    return {**tables, "invented": {}} if invented else tables
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from invdiff.files import whole_file
 from invdiff.metrics import compare
 from invdiff.noise import KeyedNoise
 from invdiff.operators import CartesianMRI, KnownPhase
+from invdiff.pipelines.output import versions
 from invdiff.pipelines.pictures import panel
-from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of, versions
+from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
 from invdiff.pipelines.simulate import Simulation, simulate
 from invdiff.priors import NoPrior
 from invdiff.reconstruction import reconstruct

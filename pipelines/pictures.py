@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,42 @@ def panel(
             figure.colorbar(shown, ax=axis, shrink=0.7, label=unit)
     stated = f"window {low:g} to {high:g} {unit}" if window or unit == "HU" else f"unit {unit}"
     figure.suptitle(f"{title}  ({stated}; not for diagnosis)".strip(), fontsize=10)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+class Picture(NamedTuple):
+    """title: above it; image: (h w); window: least and greatest shown value; bar: what its colour bar says, "" none."""
+
+    title: str
+    image: Tensor
+    window: tuple[float, float]
+    colours: str = "gray"
+    bar: str = ""
+
+
+def pictures(path: Path, rows: Sequence[Sequence[Picture]], title: str = "") -> None:
+    """Write a PNG: rows of pictures, each in its own window.
+
+    Args:
+        path: the PNG.
+        rows: from above to below, each from left to right.
+        title: above all.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(2.9 * columns, 2.8 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, row in zip(axes, rows, strict=True):
+        for axis, (name, image, (low, high), colours, bar) in zip(line, row, strict=False):
+            shown = axis.imshow(image.detach().float().cpu().numpy(), cmap=colours, vmin=low, vmax=high)
+            axis.set_title(name, fontsize=9)
+            if bar:
+                figure.colorbar(shown, ax=axis, shrink=0.7, label=bar)
+    figure.suptitle(f"{title}  (not for diagnosis)".strip(), fontsize=10)
     with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=110)
 

@@ -12,10 +12,10 @@ import torch
 from invdiff.datasets import Measurements
 from invdiff.noise import KeyedNoise
 from invdiff.pipelines.budget import GB, Budget
+from invdiff.pipelines.devices import device_of
 from invdiff.pipelines.memory import held_bytes
 from invdiff.pipelines.reconstruct import (
     Job,
-    device_of,
     home_of,
     operator_of,
     prior_of,
@@ -80,10 +80,11 @@ def run(job: Job) -> Plan:
     """
     scan = scan_of(job)
     prior, _ = prior_of(job.prior, job.run)
-    prior, budget, notes = within_memory(scan, job.sampler, prior, job.run)
+    prior, budget, notes = within_memory(scan, job, prior)
     held = held_bytes(home_of(job.run))
     seconds = seconds_of(job, scan, prior, budget)
-    return Plan(budget, held, job.sampler.steps, seconds, notes)
+    runs = 1 if job.gather is None else job.gather.count
+    return Plan(budget, held, runs * job.sampler.steps, runs * seconds, notes)
 
 
 def seconds_of(job: Job, scan: Measurements, prior: Prior, budget: Budget) -> float:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,23 +14,35 @@ import torch
 from torch import Tensor
 
 from invdiff.config import build, find, registered, with_overrides
-from invdiff.datasets import Measurements, Volume, read_htc2022, read_measurements, write_dicom, write_nifti
+from invdiff.datasets import Measurements, Volume, read_htc2022, read_measurements, write_nifti
 from invdiff.files import sha256_of, whole_file
+from invdiff.invented import Split, measured_or_invented
 from invdiff.noise import KeyedNoise
 from invdiff.operators import Whitened
-from invdiff.pipelines.budget import Budget, budget_of, built, check, largest_chunk
+from invdiff.pipelines.budget import Budget, Work, budget_of, built, check, largest_chunk
 from invdiff.pipelines.compare import matched_truth
+from invdiff.pipelines.devices import DTYPES, device_of, dtype_of
+from invdiff.pipelines.output import (
+    beside,
+    check_writable,
+    checkpoint_path,
+    is_nifti,
+    map_path,
+    versions,
+    write_volume,
+)
 from invdiff.pipelines.pictures import panel
-from invdiff.priors import Chunked, NoPrior, Offloaded, load
-from invdiff.priors.model import NetworkPrior, fast_dtype
+from invdiff.pipelines.uncertainty import Map, added_record, draw_maps, map_names, maps_of
+from invdiff.priors import Averaged, Chunked, NoPrior, Offloaded, load
+from invdiff.priors.model import NetworkPrior
 from invdiff.problem import Prepared, prepare
 from invdiff.protocols import Prior
-from invdiff.reconstruction import reconstruct, record_of
+from invdiff.reconstruction import Result, gathered, reconstruct, record_of
 from invdiff.run import checkpointed, fingerprint, forget, guarded, iterate, last, resumed
 from invdiff.samplers import FBP, TV
+from invdiff.uncertainty import BestOf, Gather, SeedsState, Spread, over_seeds
 from invdiff.units import MU_WATER
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 
 
@@ -64,8 +74,30 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class PriorConfig:
+    """Which prior, and what is made of it.
+
+    Args:
+        name: of a shipped prior, a prior's folder, or none.
+        flips: axes of the flipped copies of the image over which it is averaged: -1 columns, -2 rows.
+        shifts: (rows, columns) of further copies; see ``invdiff.priors.Averaged``.
+    """
+
+    name: str = "ct"
+    flips: tuple[int, ...] = ()
+    shifts: tuple[tuple[int, int], ...] = ()
+
+    def wrapped(self, prior: Prior) -> Prior:
+        """The prior itself, or its average over the copies."""
+        return Averaged(prior, self.flips, self.shifts) if self.flips or self.shifts else prior
+
+
+@dataclass(frozen=True)
 class Job:
-    """One reconstruction, resolved: what is read, with what, and where it goes."""
+    """One reconstruction, resolved: what is read, with what, and where it goes.
+
+    gather: what becomes of several samples, None for one run; split: how measured and invented are told apart, if so.
+    """
 
     scan: Path
     out: Path
@@ -74,17 +106,24 @@ class Job:
     sampler: Any
     run: RunConfig
     truth: Path | None = None
+    averaged: PriorConfig = PriorConfig()
+    gather: Gather | None = None
+    split: Split | None = None
 
     @property
     def document(self) -> dict[str, Any]:
         """The resolved configuration; as TOML or JSON it is the same run again."""
-        return {
+        copies = {k: v for k, v in asdict(self.averaged).items() if v and k != "name"}
+        document = {
             "input": {"scan": str(self.scan), "index": self.index},
-            "prior": {"name": self.prior},
+            "prior": {"name": self.prior, **copies},
             "sampler": {"kind": kind_of(self.sampler), **asdict(self.sampler)},
             "run": asdict(self.run),
             "output": {"path": str(self.out)},
         }
+        if self.gather is not None:
+            document["samples" if isinstance(self.gather, Spread) else "best"] = asdict(self.gather)
+        return document if self.split is None else {**document, "invented": asdict(self.split)}
 
 
 def kind_of(sampler: Any) -> str:
@@ -92,7 +131,10 @@ def kind_of(sampler: Any) -> str:
     return next(k for k in registered("samplers") if find("samplers", k) is type(sampler))
 
 
-TABLES = {"input": ("scan", "index"), "prior": ("name",), "output": ("path", "truth"), "run": (), "sampler": ()}
+TABLES: dict[str, tuple[str, ...]] = {
+    "input": ("scan", "index"), "prior": (), "output": ("path", "truth"), "run": (), "sampler": (),
+    "samples": (), "best": (), "invented": (),
+}  # fmt: skip
 
 
 def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> Job:
@@ -119,15 +161,28 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
     sampler = dict(document.get("sampler", {}))
     kind = sampler.pop("kind", "dds")
     truth = document["output"].get("truth")
+    prior = build(PriorConfig, document.get("prior", {}), "prior")
+    prior.wrapped(NoPrior())
     return Job(
         scan=Path(document["input"]["scan"]),
         out=Path(document["output"]["path"]),
         index=int(document["input"].get("index", 0)),
-        prior=document.get("prior", {}).get("name", "ct"),
+        prior=prior.name,
         sampler=build(find("samplers", kind), sampler, kind),
         run=build(RunConfig, document.get("run", {}), "run"),
         truth=None if truth is None else Path(truth),
+        averaged=prior,
+        gather=_gather_of(document),
+        split=build(Split, document["invented"], "invented") if "invented" in document else None,
     )
+
+
+def _gather_of(document: Mapping[str, Any]) -> Gather | None:
+    kinds: dict[str, type[Gather]] = {"samples": Spread, "best": BestOf}
+    asked = [name for name in kinds if name in document]
+    if len(asked) > 1:
+        raise ValueError("both the spread of samples and the best of several were asked for; one of them is wanted")
+    return build(kinds[asked[0]], document[asked[0]], asked[0]) if asked else None
 
 
 def check_tables(document: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Sequence[str]]) -> None:
@@ -170,20 +225,27 @@ def prior_of(name: str, run: RunConfig) -> tuple[Prior, str]:
     return Chunked(prior, run.chunk) if run.chunk else prior, network.sha256 or ""
 
 
-def within_memory(scan: Measurements, sampler: Any, prior: Prior, run: RunConfig) -> tuple[Prior, Budget, list[str]]:
-    """The prior of ``prior_of`` in chunks that fit, what the run will take, and what is to be noted of that.
+def within_memory(scan: Measurements, job: Job, plain: Prior) -> tuple[Prior, Budget, list[str]]:
+    """The job's whole prior in chunks that fit, what the run will take, and what is to be noted of that.
+
+    Args:
+        scan: of the job.
+        job: what is to be run.
+        plain: of ``prior_of``.
 
     Raises:
         ValueError: a run that does not fit into the free memory.
     """
+    run = job.run
     device, home = device_of(run.device), home_of(run)
-    bare = prior.prior if isinstance(prior, Chunked) else prior
-    budget = budget_of(scan, sampler, bare, run.chunk, device, home)
+    bare = plain.prior if isinstance(plain, Chunked) else plain
+    work = Work(job.sampler, job.averaged.wrapped, job.gather, job.split)
+    budget = budget_of(scan, work, bare, run.chunk, device, home)
     note = check(budget, device, home)
     if not run.chunk and not isinstance(bare, NoPrior):
         chunk = largest_chunk(bare, budget.chunk, tuple(scan.fields["shape"])[1:], home)
-        prior, budget = Chunked(bare, chunk), replace(budget, chunk=chunk)
-    return prior, budget, [note] if note else []
+        plain, budget = Chunked(bare, chunk), replace(budget, chunk=chunk)
+    return job.averaged.wrapped(plain), budget, [note] if note else []
 
 
 def home_of(run: RunConfig) -> torch.device:
@@ -191,31 +253,8 @@ def home_of(run: RunConfig) -> torch.device:
     return torch.device("cpu") if run.offload else device_of(run.device)
 
 
-def dtype_of(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of a network's arithmetic, None for float32; ``auto`` is bfloat16 where it is native.
-
-    Raises:
-        ValueError: another name.
-    """
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r}; one of {', '.join(DTYPES)} is wanted")
-    return fast_dtype(device) if name == "auto" else None if name == "float32" else DTYPES[name]
-
-
-def device_of(name: str) -> torch.device:
-    """The torch device of that name.
-
-    Raises:
-        ValueError: no such device on this machine.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from error
-
-
 def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
-    """Carry out a job: writes the volume, ``.json`` (record) and ``.png`` (panel) beside it; returns the record.
+    """Carry out a job: writes the volume, ``.json`` (record), ``.png`` (panel) and maps beside it; returns the record.
 
     While it runs ``<out>.checkpoint`` is kept up to date; an interrupt leaves it, and ``resume`` goes on from it
     bit-identically, from ``<out>.checkpoint.previous`` where the last one is torn.
@@ -224,25 +263,30 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         ValueError: input that does not fit; nothing is written then.
         DivergedError: NaN or a growing residual.
     """
-    check_writable(job.out)
+    check_writable(job.out, map_names(job.gather, job.split))
     scan = scan_of(job)
-    empty = as_volume(scan, torch.zeros(tuple(scan.fields["shape"])))
+    empty = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])))
     truth = None if job.truth is None else matched_truth(empty, job.truth)
-    prior, weights = prior_of(job.prior, job.run)
-    prior, budget, notes = within_memory(scan, job.sampler, prior, job.run)
+    plain, weights = prior_of(job.prior, job.run)
+    prior, budget, fitted = within_memory(scan, job, plain)
     operator, y, sigma_y = operator_of(scan)
-    prepared = prepare(
-        y.to(home_of(job.run)), operator, prior, sigma_y, KeyedNoise(job.run.seed), scan.mu_water or MU_WATER
-    )
-    key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed)
+    mu_water = scan.mu_water or MU_WATER
+    prepared = prepare(y.to(home_of(job.run)), operator, prior, sigma_y, KeyedNoise(job.run.seed), mu_water)
+    changed = [repr(v) for v in (job.gather, job.averaged.flips, job.averaged.shifts) if v]
+    key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed, *changed)
     path = checkpoint_path(job.out)
     began = time.monotonic()
-    state, note = _loop(job, prepared, key, path, resume, progress)
+    end, resumption = _loop(job, prepared, key, path, resume, progress)
+    result = _result(job, prepared, end)
+    parts = None
+    if job.split is not None:
+        parts = measured_or_invented(result.x, operator, prior, sigma_y, job.split, mu_water=mu_water)
     seconds = time.monotonic() - began
-    x = prepared.to_physical(state.x).cpu()
-    volume = as_volume(scan, x)
+    volume = as_volume(scan, result.x.cpu())
+    tables, notes = added_record(result, parts, None if truth is None else truth.data)
     record = {
-        **record_of(prepared, job.sampler, state, job.run.seed),
+        **result.record,
+        **tables,
         "config": job.document,
         "seconds": round(seconds, 2),
         "chunk": budget.chunk,
@@ -250,16 +294,38 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         "prior_sha256": weights,
         "scan_sha256": sha256_of([job.scan]),
         "source_sha256": scan.source_sha256,
-        "notes": [*notes, *note, *notes_on(prior, volume)],
+        "notes": [*fitted, *resumption, *notes_on(prior, volume), *notes],
         "versions": versions(),
         "not_for_diagnosis": True,
     }
+    _write(job, scan, volume, maps_of(result, parts, volume.unit), truth, record)
+    forget(path)
+    return record
+
+
+def _result(job: Job, prepared: Prepared, end: Any) -> Result:
+    """What a run's last state says."""
+    if job.gather is not None:
+        return gathered(prepared, job.sampler, job.gather, end, job.run.seed)
+    return Result(prepared.to_physical(end.x), record_of(prepared, job.sampler, end, job.run.seed))
+
+
+def _write(
+    job: Job, scan: Measurements, volume: Volume, maps: dict[str, Map], truth: Volume | None, record: dict[str, Any]
+) -> None:
+    """The volume, its maps, its record and its pictures."""
     write_volume(job.out, volume)
+    if is_nifti(job.out):
+        for name, (image, unit) in maps.items():
+            write_nifti(map_path(job.out, name), replace(volume, data=image, unit=unit))
+    elif maps:
+        record["notes"].append(
+            f"a DICOM series holds the image alone: {', '.join(maps)} are written where the output is a NIfTI file"
+        )
     with whole_file(beside(job.out, ".json")) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
     _picture(job, scan, volume, truth)
-    forget(path)
-    return record
+    draw_maps(lambda s: beside(job.out, s), maps, volume.data, volume.unit, None if truth is None else truth.data)
 
 
 def notes_on(prior: Prior, volume: Volume) -> list[str]:
@@ -271,16 +337,21 @@ def notes_on(prior: Prior, volume: Volume) -> list[str]:
     return [f"the pixels are {pixel:.3g} mm; the prior was trained on {low:.3g} to {high:.3g} mm"]
 
 
-def _loop(job: Job, prepared: Prepared, key: str, path: Path, resume: bool, progress: Progress) -> Any:
-    """The last state, and what is to be noted of how the run went on."""
-    problem, sampler = prepared.problem, job.sampler
-    state, note = None, ""
+def _loop(
+    job: Job, prepared: Prepared, key: str, path: Path, resume: bool, progress: Progress
+) -> tuple[Any, list[str]]:
+    """The last state, and a list of what is to be noted of how the run went on."""
+    problem, sampler, gather = prepared.problem, job.sampler, job.gather
+    state, steps, note = None, sampler.steps, ""
     if resume:
-        kind = get_type_hints(type(sampler).init)["return"]
+        kind = SeedsState if gather is not None else get_type_hints(type(sampler).init)["return"]
         state, note = resumed(path, kind, key, problem.y.device)
-    states = guarded(iterate(sampler, problem, state), sampler, problem)
+    if gather is None:
+        states: Iterator[Any] = guarded(iterate(sampler, problem, state), sampler, problem)
+    else:
+        states, steps = over_seeds(sampler, problem, gather, state), steps * gather.count
     kept = checkpointed(states, path, key, job.run.every)
-    return last(progress(kept, sampler.steps, kind_of(sampler))), [note] if note else []
+    return last(progress(kept, steps, kind_of(sampler))), [note] if note else []
 
 
 def scan_of(job: Job) -> Measurements:
@@ -322,56 +393,6 @@ def some_slices(scan: Measurements, index: int, count: int = 1) -> Measurements:
     affine[:, 3] += index * affine[:, 2]
     fields = {**scan.fields, "shape": (count, *tuple(scan.fields["shape"])[1:])}
     return replace(scan, y=scan.y[rows], sqrt_w=weights, fields=fields, affine=affine)
-
-
-def write_volume(out: Path, volume: Volume) -> None:
-    """NIfTI for a path that ends in .nii or .nii.gz, else a folder of DICOM files."""
-    if out.name.endswith((".nii", ".nii.gz")):
-        write_nifti(out, volume)
-    else:
-        write_dicom(out, volume)
-
-
-def check_writable(out: Path) -> None:
-    """Refuse an output that cannot be written before any work is done.
-
-    Raises:
-        ValueError: with the path and why.
-    """
-    if out.suffix and not out.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{out} ends in {out.suffix!r}; .nii, .nii.gz or a folder name for DICOM is wanted")
-    probe(out)
-
-
-def probe(out: Path) -> None:
-    """Refuse a path whose folder is not there or cannot be written to.
-
-    Raises:
-        ValueError: with the path and why.
-    """
-    if not out.parent.is_dir():
-        raise ValueError(f"{out} cannot be written: the folder {out.parent} is not there")
-    with whole_file(out.parent / f"{out.name}.checkpoint.probe") as part:
-        part.touch()
-    (out.parent / f"{out.name}.checkpoint.probe").unlink()
-
-
-def beside(out: Path, suffix: str) -> Path:
-    """``recon.nii.gz`` and ".png" to ``recon.png``."""
-    name = out.name
-    for ending in (".nii.gz", ".nii"):
-        name = name.removesuffix(ending)
-    return out.with_name(name + suffix)
-
-
-def checkpoint_path(out: Path) -> Path:
-    """Where an unfinished run is kept."""
-    return beside(out, ".checkpoint")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that the numbers depend on."""
-    return {"python": platform.python_version(), **{p: version(p) for p in ("invdiff", "torch", "monai", "numpy")}}
 
 
 def _plain(fields: Mapping[str, Any]) -> list[tuple[str, Any]]:

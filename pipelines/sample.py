@@ -16,6 +16,7 @@ from torch import Tensor
 from invdiff.config import build, find, registered, with_overrides
 from invdiff.datasets import Volume, write_nifti
 from invdiff.files import whole_file
+from invdiff.pipelines.output import probe, versions
 from invdiff.pipelines.pictures import CT_WINDOW, sheet
 from invdiff.pipelines.reconstruct import (
     Progress,
@@ -24,8 +25,6 @@ from invdiff.pipelines.reconstruct import (
     home_of,
     kind_of,
     prior_of,
-    probe,
-    versions,
 )
 from invdiff.protocols import Prior
 from invdiff.reconstruction import sample

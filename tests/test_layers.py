@@ -24,9 +24,13 @@ MAY: dict[str, set[str]] = {
     "invdiff.problem": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.units"},
     "invdiff.run": {"invdiff.protocols", "invdiff.linalg", "invdiff.files"},
     "invdiff.samplers": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise"},
+    "invdiff.uncertainty": {"invdiff.protocols", "invdiff.calibration", "invdiff.priors", "invdiff.run"},
+    "invdiff.invented": {
+        "invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.priors", "invdiff.problem", "invdiff.units",
+    },
     "invdiff.reconstruction": {
         "invdiff.protocols", "invdiff.noise", "invdiff.priors", "invdiff.problem", "invdiff.run", "invdiff.samplers",
-        "invdiff.units",
+        "invdiff.uncertainty", "invdiff.units",
     },
     "invdiff.operators": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.units"},
     "invdiff.datasets": {"invdiff.units", "invdiff.files", "invdiff.noise"},

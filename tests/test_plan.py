@@ -15,10 +15,11 @@ from torch import Tensor
 
 from invdiff.config import find, registered
 from invdiff.datasets import Measurements, write_measurements
+from invdiff.invented import Split
 from invdiff.operators import ParallelBeam
 from invdiff.operators.ct.beam import MEMORY_MB
 from invdiff.pipelines import budget, memory, plan
-from invdiff.pipelines.budget import Outline, budget_of, largest_chunk, network_bytes, volume_of
+from invdiff.pipelines.budget import Outline, Work, budget_of, largest_chunk, network_bytes, volume_of
 from invdiff.pipelines.memory import Tally, free_bytes, held_bytes, out_of_memory
 from invdiff.pipelines.reconstruct import resolve
 from invdiff.pipelines.simulate import Simulation, simulate
@@ -27,6 +28,7 @@ from invdiff.problem import prepare
 from invdiff.protocols import Space
 from invdiff.run import iterate
 from invdiff.samplers import DDS, DPS, TV, Solver
+from invdiff.uncertainty import BestOf, Spread
 from tests.test_pipelines import body
 
 CPU = torch.device("cpu")
@@ -70,7 +72,7 @@ def test_two_slices_tell_of_many(kind: str, slices: int, scan: Measurements) -> 
     prior = white()
     fields = {**scan.fields, "shape": (slices, 1, 40, 36)}
     found = budget_of(replace(scan, y=scan.y[:1].expand(slices, -1, -1, -1).contiguous(), sqrt_w=None, sigma_y=0.01,
-                              fields=fields), sampler, prior, 1, CPU, CPU)  # fmt: skip
+                              fields=fields), Work(sampler), prior, 1, CPU, CPU)  # fmt: skip
     operator = ParallelBeam(**fields)
     with Tally() as tally:
         y = scan.y[:1].expand(slices, -1, -1, -1).clone()
@@ -86,7 +88,7 @@ def test_two_slices_tell_of_many(kind: str, slices: int, scan: Measurements) -> 
 @pytest.mark.parametrize("kind", [k for k in registered("samplers") if not issubclass(find("samplers", k), Solver)])
 def test_every_sampler_is_counted(kind: str) -> None:
     outline = Outline(Space((2, 1, 40, 36), torch.float32), Space((2, 1, 12, 54), torch.float32), "1/mm")
-    volume = volume_of(find("samplers", kind)(), white(), outline, torch.ones(2, 1, 12, 54))
+    volume = volume_of(Work(find("samplers", kind)()), white(), outline, torch.ones(2, 1, 12, 54))
     assert IMAGE < volume.at_end <= volume.peak < 60 * IMAGE
     assert volume.at_denoiser <= volume.peak
 
@@ -127,7 +129,7 @@ def test_free_memory_is_known_on_linux_and_unknown_elsewhere(
 ) -> None:
     if memory.MEMINFO.is_file():
         assert held_bytes(CPU) > 10**7 and (free_bytes(CPU) or 0) > 10**6
-    found = budget_of(scan, DDS(), white(), 2, CPU, CPU)
+    found = budget_of(scan, Work(DDS()), white(), 2, CPU, CPU)
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     assert free_bytes(CPU) is None and free_bytes(torch.device("meta")) is None
     assert "was not checked" in budget.check(found, CPU, CPU)
@@ -175,19 +177,19 @@ def test_a_chunk_of_zero_is_what_half_of_the_free_memory_holds(
 ) -> None:
     monkeypatch.setattr(budget, "network_bytes", lambda *_: (0.0, 1e8))
     monkeypatch.setattr(budget, "free_bytes", lambda _: 5e8)
-    assert budget_of(scan, DDS(), white(), 0, CPU, CPU).chunk == 2  # of 6: 6, 3, 2
-    assert budget_of(scan, DDS(), white(), 4, CPU, CPU).chunk == 4
+    assert budget_of(scan, Work(DDS()), white(), 0, CPU, CPU).chunk == 2  # of 6: 6, 3, 2
+    assert budget_of(scan, Work(DDS()), white(), 4, CPU, CPU).chunk == 4
     monkeypatch.setattr(budget, "free_bytes", lambda _: None)
-    assert budget_of(scan, DDS(), white(), 0, CPU, CPU).chunk == 6
+    assert budget_of(scan, Work(DDS()), white(), 0, CPU, CPU).chunk == 6
     monkeypatch.setattr(budget, "network_bytes", lambda *_: (0.0, 1e8))
-    whole = budget_of(scan, DPS(), white(), 1, CPU, CPU)
+    whole = budget_of(scan, Work(DPS()), white(), 1, CPU, CPU)
     assert whole.activations == 6e8  # of every slice: the network is differentiated
 
 
 def test_the_network_apart_counts_where_it_is(monkeypatch: pytest.MonkeyPatch, scan: Measurements) -> None:
     monkeypatch.setattr(budget, "network_bytes", lambda *_: (0.0, 1e9))
-    together = budget_of(scan, DDS(), white(), 2, CPU, CPU)
-    apart = budget_of(scan, DDS(), white(), 2, torch.device("meta"), CPU)
+    together = budget_of(scan, Work(DDS()), white(), 2, CPU, CPU)
+    apart = budget_of(scan, Work(DDS()), white(), 2, torch.device("meta"), CPU)
     assert together.bytes > 2e9 > apart.bytes and apart.on_device == 2e9
     monkeypatch.setattr(budget, "free_bytes", lambda place: 1e9 if place.type == "meta" else 1e12)
     with pytest.raises(ValueError, match=r"2 GB more on meta, where 1 GB are free"):
@@ -204,6 +206,27 @@ def test_the_plan_of_a_run(prior: str, scan: Measurements, tmp_path: Path, here:
     assert here("plan", tmp_path / "scan.h5", "--prior", prior, "sampler.steps=3")[0] == 0
     assert here("plan", tmp_path / "scan.h5", "--prior", "none", "--sampler", "tv")[0] == 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_samples_and_the_split_are_counted(scan: Measurements) -> None:
+    """What is kept of samples is alive when the network is called: for 40 of them 2 + 2 x (3 + 1) images a slice."""
+
+    def counted(**more: Any) -> budget.Volume:
+        return budget_of(scan, Work(DDS(), **more), white(), 2, CPU, CPU).volume
+
+    plain, several, split = counted(), counted(gather=Spread(40)), counted(split=Split())
+    assert Spread(40).kept == 3
+    assert several.at_denoiser - plain.at_denoiser == pytest.approx(10 * IMAGE, rel=0.01)
+    assert several.peak > plain.peak and several.at_end > plain.at_end + 3 * IMAGE
+    assert split.at_end == pytest.approx(plain.at_end + 3 * IMAGE, rel=0.01)  # measured, invented, share
+    assert counted(gather=BestOf(2, density=0.5)).differentiated is False
+
+
+def test_the_plan_of_samples_takes_so_many_runs(prior: str, scan: Measurements, tmp_path: Path, here: Any) -> None:
+    write_measurements(tmp_path / "scan.h5", [scan])
+    flags = {"output": {"path": "r.nii"}, "prior": {"name": prior}, "samples": {"count": 5}, "invented": {}}
+    assert plan.run(resolve(tmp_path / "scan.h5", flags, ["sampler.steps=4"])).steps == 20
+    assert here("plan", tmp_path / "scan.h5", "--prior", prior, "sampler.steps=2", "--samples", 3, "--invented")[0] == 0
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(
@@ -235,5 +258,5 @@ def test_chunk_zero_and_offload_give_the_same_image(prior: str, scan: Measuremen
 def test_a_baseline_needs_no_network(scan: Measurements) -> None:
     from invdiff.priors import NoPrior
 
-    found = budget_of(scan, TV(), NoPrior(), 0, CPU, CPU)
+    found = budget_of(scan, Work(TV()), NoPrior(), 0, CPU, CPU)
     assert found.activations == 0 and found.bytes > 0

@@ -18,6 +18,7 @@ from invdiff.pipelines.simulate import Simulation, simulate
 from invdiff.run import TornError, checkpointed, forget, iterate, last, load_state, previous_path, resumed
 from invdiff.samplers import DDS
 from invdiff.samplers.dds import DDSState
+from invdiff.uncertainty import SeedsState, Spread, over_seeds
 
 KEY = "the run"
 SAMPLER = DDS(steps=9, sigma_max=3.0)
@@ -72,6 +73,25 @@ def test_a_changed_byte_is_seen(world: Any, tmp_path: Path) -> None:
     with pytest.raises(TornError, match="does not hold what was written"):
         load_state(path, DDSState, KEY)
     assert resumed(path, DDSState, KEY)[0].i == 4  # type: ignore[union-attr]
+
+
+def test_a_changed_byte_within_a_sample_is_seen(world: Any, tmp_path: Path) -> None:
+    """States over seeds hold tables of tensors."""
+    path, gather = tmp_path / "run.checkpoint", Spread(3)
+    wanted = last(over_seeds(SAMPLER, world.problem, gather)).kept["mean"]
+    for state in checkpointed(over_seeds(SAMPLER, world.problem, gather), path, KEY, every=5):
+        if state.i == 15:  # within the second sample
+            break
+    whole = path.read_bytes()
+    for part in (state.current["x_t"], state.kept["mean"]):
+        held = part.numpy().tobytes()
+        place = whole.index(held) + len(held) // 2
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(TornError, match="does not hold what was written"):
+            load_state(path, SeedsState, KEY)
+        before, note = resumed(path, SeedsState, KEY)
+        assert before is not None and (before.i, before.done) == (10, 1) and "step 10" in note
+        assert torch.equal(last(over_seeds(SAMPLER, world.problem, gather, before)).kept["mean"], wanted)
 
 
 def test_two_torn_checkpoints_are_refused_and_none_is_a_new_run(world: Any, tmp_path: Path) -> None:
@@ -131,22 +151,26 @@ def test_two_kills_and_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_a_volume_and_the_same_bytes(prior: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [["sampler.steps=400"], ["sampler.steps=60", "--samples", "5"]])
+def test_twenty_kills_of_a_volume_and_the_same_bytes(more: list[str], prior: str, tmp_path: Path) -> None:
     """Killed at a random moment of the whole command, from its start to its last file; resumed each time."""
     from tests.test_pipelines import body
 
     scan, _ = simulate(body((12, 40, 36)), Simulation(views=12, photons=1e6))
     write_measurements(tmp_path / "scan.h5", [scan])
     command = [sys.executable, "-m", "invdiff.pipelines.cli", "reconstruct", str(tmp_path / "scan.h5")]
-    command += ["--prior", prior, "sampler.steps=400", "run.every=2", "run.chunk=4", "--dtype", "float32", "-o"]
+    command += ["--prior", prior, *more, "run.every=2", "run.chunk=4", "--dtype", "float32", "-o"]
     began = time.monotonic()
     assert subprocess.run([*command, str(tmp_path / "whole.nii")]).returncode == 0
-    seconds, wanted = time.monotonic() - began, (tmp_path / "whole.nii").read_bytes()
-    moments, torn_off = random.Random(4), 0
+    seconds, wanted = time.monotonic() - began, sorted(tmp_path.glob("whole*.nii"))
+    assert len(wanted) == (4 if "--samples" in more else 1)
+    moments, torn_off, held = random.Random(4), 0, 0
     for k in range(20):
         out = tmp_path / f"cut{k}.nii"
         torn_off += killed([*command, str(out)], moments.uniform(0, seconds))
+        held += (tmp_path / f"cut{k}.checkpoint").exists()
         assert subprocess.run([*command, str(out), "--resume"]).returncode == 0
-        assert out.read_bytes() == wanted
-    assert torn_off >= 15  # some may end before their moment
+        for one in wanted:
+            assert one.with_name(one.name.replace("whole", f"cut{k}")).read_bytes() == one.read_bytes(), one.name
+    assert torn_off >= 15 and held >= 8  # some may end, or not have begun, before their moment
     assert not list(tmp_path.glob("*.checkpoint*"))
