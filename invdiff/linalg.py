@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ROOT_HALF = 0.5**0.5
+BLOCK = 64  # slices whose products are held at once
 ROUNDING = 16.0  # relative residual, in machine epsilons, at which CG has nothing left to gain
 
 
@@ -22,9 +23,13 @@ def inner(a: Tensor, b: Tensor, joint: bool = False) -> Tensor:
     Returns:
         (s 1 ... 1), or (1 ... 1) if ``joint``.
     """
-    dims = tuple(range(0 if joint else 1, a.ndim))
-    product = (a.conj() * b).real if a.is_complex() else a * b
-    return product.sum(dim=dims, keepdim=True) if dims else product
+    dims = tuple(range(1, a.ndim))
+    parts = []
+    for one, other in zip(a.split(BLOCK), b.split(BLOCK), strict=True):
+        product = (one.conj() * other).real if a.is_complex() else one * other
+        parts.append(product.sum(dim=dims, keepdim=True) if dims else product)
+    each = torch.cat(parts)
+    return each.sum(0, keepdim=True) if joint else each
 
 
 def cg(
@@ -47,16 +52,20 @@ def cg(
 
     Returns:
         x, the shape of ``rhs``. A slice whose residual is zero keeps its value.
+
+    Without gradients four images are held beside ``rhs`` and ``x0``, and what ``normal`` takes.
     """
-    x = torch.zeros_like(rhs) if x0 is None else x0
-    r = rhs if x0 is None else rhs - normal(x0)
-    p = r
+    overwrite = not torch.is_grad_enabled()
     size = inner(rhs, rhs, joint)
     goal, floor = tolerance**2 * size, cg_floor(size)
+    x = torch.zeros_like(rhs) if x0 is None else x0.clone()
+    r = rhs.clone() if x0 is None else rhs - normal(x0)
+    p = r.clone()
+    del rhs, x0
     for _ in range(iterations):
         if tolerance > 0 and bool((inner(r, r, joint) <= goal).all()):
             break
-        x, r, p = cg_step(normal, x, r, p, floor, joint)
+        x, r, p = cg_step(normal, x, r, p, floor, joint, overwrite)
     return x
 
 
@@ -66,17 +75,28 @@ def cg_floor(size: Tensor) -> Tensor:
 
 
 def cg_step(
-    normal: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, p: Tensor, floor: Tensor, joint: bool = False
+    normal: Callable[[Tensor], Tensor],
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    floor: Tensor,
+    joint: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One iteration of ``cg`` from (x, residual, direction); slices whose squared residual is at ``floor`` rest."""
+    """One iteration of ``cg`` from (x, residual, direction); slices whose squared residual is at ``floor`` rest.
+
+    With ``overwrite`` the three are where the old ones were: not for tensors that someone else holds.
+    """
+    out_x, out_r, out_p = (x, r, p) if overwrite else (None, None, None)
     rr = inner(r, r, joint)
     q = normal(p)
     curvature = inner(p, q, joint)
     moves = (rr > floor) & (curvature > 0)
-    alpha = torch.where(moves, rr / curvature.where(moves, 1.0), 0.0)
-    new = r - alpha * q
-    beta = torch.where(moves, inner(new, new, joint) / rr.where(moves, 1.0), 0.0)
-    return x + alpha * p, new, new + beta * p
+    alpha = torch.where(moves, rr / curvature.where(moves, 1.0), 0.0).to(x.dtype)
+    x = torch.addcmul(x, alpha, p, out=out_x)
+    new = torch.addcmul(r, -alpha, q, out=out_r)
+    beta = torch.where(moves, inner(new, new, joint) / rr.where(moves, 1.0), 0.0).to(x.dtype)
+    return x, new, torch.addcmul(new, beta, p, out=out_p)
 
 
 def power_norm(normal: Callable[[Tensor], Tensor], start: Tensor, iterations: int = 50) -> float:
@@ -109,9 +129,17 @@ def difference(x: Tensor, dim: int) -> Tensor:
 def difference_adjoint(v: Tensor, dim: int) -> Tensor:
     """The exact adjoint of ``difference``: same shape."""
     n = v.shape[dim]
-    inside = v.narrow(dim, 0, n - 1)
     zero = torch.zeros_like(v.narrow(dim, 0, 1))
-    return torch.cat([zero, inside], dim) - torch.cat([inside, zero], dim)
+    padded = torch.cat([zero, v.narrow(dim, 0, n - 1), zero], dim)
+    return padded.narrow(dim, 0, n) - padded.narrow(dim, 1, n)
+
+
+def plus_roughness(x: Tensor, v: Tensor, weight: float, dim: int) -> Tensor:
+    """x + weight D^T D v with D = ``difference`` along ``dim``, where x was: one image is held besides."""
+    d, n = torch.diff(v, dim=dim).mul_(weight), v.shape[dim]
+    x.narrow(dim, 1, n - 1).add_(d)
+    x.narrow(dim, 0, n - 1).sub_(d)
+    return x
 
 
 def haar(x: Tensor, dim: int) -> Tensor:
@@ -143,5 +171,8 @@ def haar_adjoint(v: Tensor, dim: int) -> Tensor:
 
 def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
     """Soft threshold, the proximal map of ``threshold`` |x|: towards zero by ``threshold``, phase kept."""
+    if not x.is_complex():
+        limit = torch.as_tensor(threshold, dtype=x.dtype, device=x.device)
+        return x - x.clamp(-limit, limit)
     size = x.abs()
     return x * ((size - threshold).clamp_min(0) / size.clamp_min(torch.finfo(size.dtype).tiny))

@@ -34,9 +34,6 @@ STEPS = 3  # of the sampler that are counted
 SIGMA_Y = 0.01  # noise, prior units, at which every sampler does all that it may have to
 LEVEL = 1.0  # noise level, prior units, at which the network is tried
 TINY_MB = 1e-6  # of the projector's memory: none of its matrices is built
-
-HELD_BYTES = 2**25  # glibc keeps freed blocks below this size, among which volumes then find no room
-HELD_SHARE = 1.5  # measured: 1.5 to 2 times what is alive
 AUTO_SHARE = 0.5  # of the free memory, at most, where the chunk is to be found
 GB = 1e9
 
@@ -224,7 +221,6 @@ class Budget:
         network: (with no slice, more with each slice of a chunk).
         chunk: slices denoised at once.
         apart: the network is on another device than the volume.
-        spread: what the allocator holds over what is alive.
     """
 
     projector: int
@@ -234,7 +230,6 @@ class Budget:
     network: tuple[float, float]
     chunk: int
     apart: bool = False
-    spread: float = 1.0
 
     @property
     def activations(self) -> float:
@@ -246,8 +241,8 @@ class Budget:
     def bytes(self) -> int:
         """The most at once where the volume is."""
         s, v = self.slices, self.volume
-        with_network = v.at_denoiser * s * self.spread + (0 if self.apart else self.activations)
-        run = self.projector + max(v.peak * s * self.spread, with_network)
+        with_network = v.at_denoiser * s + (0 if self.apart else self.activations)
+        run = self.projector + max(v.peak * s, with_network)
         end = self.projector * 2 + self.building + v.at_end * s  # the picture's slice has its own projector
         return int(max(self.projector + self.building, run, end))
 
@@ -284,9 +279,7 @@ def budget_of(
     volume = volume_of(work, prior, Outline(spaces[0], spaces[1], one.unit), weights)
     silent = isinstance(prior, NoPrior)
     network = (0.0, 0.0) if silent else network_bytes(prior, tuple(shape), device, volume.differentiated)
-    small = home.type == "cpu" and math.prod(one.domain.shape) * slices * one.domain.dtype.itemsize < HELD_BYTES
-    spread = HELD_SHARE if small else 1.0
-    budget = Budget(kept, building, volume, slices, network, chunk or slices, device != home, spread)
+    budget = Budget(kept, building, volume, slices, network, chunk or slices, device != home)
     free = free_bytes(device)
     while not chunk and free is not None and budget.chunk > 1 and budget.on_device > AUTO_SHARE * free:
         budget = replace(budget, chunk=math.ceil(budget.chunk / 2))

@@ -13,7 +13,7 @@ from invdiff.datasets import Measurements
 from invdiff.noise import KeyedNoise
 from invdiff.pipelines.budget import GB, Budget
 from invdiff.pipelines.devices import device_of
-from invdiff.pipelines.memory import held_bytes
+from invdiff.pipelines.memory import held_bytes, return_what_is_freed
 from invdiff.pipelines.reconstruct import (
     Job,
     home_of,
@@ -61,7 +61,7 @@ class Plan:
         parts = {
             "libraries, weights and measurements": self.held,
             "projector": b.projector,
-            "volume: measurements, state and what a step needs": b.volume.peak * b.slices * b.spread,
+            "volume: measurements, state and what a step needs": b.volume.peak * b.slices,
             f"network, {min(b.chunk, b.slices)} slices at once": b.activations,
         }
         work = f"{self.steps} steps of {b.slices} slices"
@@ -78,6 +78,7 @@ def run(job: Job) -> Plan:
     Raises:
         ValueError: input that does not fit, or a run that does not fit into the free memory.
     """
+    return_what_is_freed()
     scan = scan_of(job)
     prior, _ = prior_of(job.prior, job.run)
     prior, budget, notes = within_memory(scan, job, prior)

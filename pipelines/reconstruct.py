@@ -22,6 +22,7 @@ from invdiff.operators import Whitened
 from invdiff.pipelines.budget import Budget, Work, budget_of, built, check, largest_chunk
 from invdiff.pipelines.compare import matched_truth
 from invdiff.pipelines.devices import DTYPES, device_of, dtype_of
+from invdiff.pipelines.memory import return_what_is_freed
 from invdiff.pipelines.output import (
     beside,
     check_writable,
@@ -236,8 +237,7 @@ def within_memory(scan: Measurements, job: Job, plain: Prior) -> tuple[Prior, Bu
     Raises:
         ValueError: a run that does not fit into the free memory.
     """
-    run = job.run
-    device, home = device_of(run.device), home_of(run)
+    run, device, home = job.run, device_of(job.run.device), home_of(job.run)
     bare = plain.prior if isinstance(plain, Chunked) else plain
     work = Work(job.sampler, job.averaged.wrapped, job.gather, job.split)
     budget = budget_of(scan, work, bare, run.chunk, device, home)
@@ -264,9 +264,10 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         DivergedError: NaN or a growing residual.
     """
     check_writable(job.out, map_names(job.gather, job.split))
+    return_what_is_freed()
     scan = scan_of(job)
-    empty = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])))
-    truth = None if job.truth is None else matched_truth(empty, job.truth)
+    grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])))
+    truth = None if job.truth is None else matched_truth(grid, job.truth)
     plain, weights = prior_of(job.prior, job.run)
     prior, budget, fitted = within_memory(scan, job, plain)
     operator, y, sigma_y = operator_of(scan)
@@ -277,8 +278,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     path = checkpoint_path(job.out)
     began = time.monotonic()
     end, resumption = _loop(job, prepared, key, path, resume, progress)
-    result = _result(job, prepared, end)
-    parts = None
+    result, parts = _result(job, prepared, end), None
     if job.split is not None:
         parts = measured_or_invented(result.x, operator, prior, sigma_y, job.split, mu_water=mu_water)
     seconds = time.monotonic() - began

@@ -151,7 +151,7 @@ def test_two_kills_and_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [["sampler.steps=400"], ["sampler.steps=60", "--samples", "5"]])
+@pytest.mark.parametrize("more", [["sampler.steps=150"], ["sampler.steps=30", "--samples", "5"]])
 def test_twenty_kills_of_a_volume_and_the_same_bytes(more: list[str], prior: str, tmp_path: Path) -> None:
     """Killed at a random moment of the whole command, from its start to its last file; resumed each time."""
     from tests.test_pipelines import body
@@ -172,5 +172,5 @@ def test_twenty_kills_of_a_volume_and_the_same_bytes(more: list[str], prior: str
         assert subprocess.run([*command, str(out), "--resume"]).returncode == 0
         for one in wanted:
             assert one.with_name(one.name.replace("whole", f"cut{k}")).read_bytes() == one.read_bytes(), one.name
-    assert torn_off >= 15 and held >= 8  # some may end, or not have begun, before their moment
+    assert torn_off >= 15 and held >= 5  # some may end, or not have begun, before their moment
     assert not list(tmp_path.glob("*.checkpoint*"))

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, cg_floor, cg_step, difference, difference_adjoint, inner, shrink
+from invdiff.linalg import cg, cg_floor, cg_step, difference, difference_adjoint, inner, plus_roughness, shrink
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear
 
@@ -135,7 +135,10 @@ class TV:
         A, dims = problem.operator, (ROWS, COLUMNS, SLICES) if self.lam_z else (ROWS, COLUMNS)
 
         def normal(v: Tensor) -> Tensor:
-            return A.normal(v) + self.rho * sum(difference_adjoint(difference(v, d), d) for d in dims)
+            out = A.normal(v).clone()  # its own memory, whatever A gives
+            for d in dims:
+                out = plus_roughness(out, v, self.rho, d)
+            return out
 
         rhs = A.adjoint(problem.y)
         for k, d in enumerate(dims):

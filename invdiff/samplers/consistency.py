@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, difference, difference_adjoint, haar, haar_adjoint, shrink
+from invdiff.linalg import cg, difference, difference_adjoint, haar, haar_adjoint, plus_roughness, shrink
 from invdiff.protocols import Problem
 
 SLICES = 0  # the axis along which the z-term couples
@@ -26,7 +26,9 @@ def correction(A: Any, rhs: Tensor, mu: float, cg_steps: int) -> Tensor:
     """
     if cg_steps == 0 and mu > 0:
         return A.solve(rhs, mu)
-    return cg(lambda v: A.normal(v) + mu * v, rhs, None, cg_steps or MOST, 10 * torch.finfo(rhs.dtype).eps)
+    return cg(
+        lambda v: torch.add(A.normal(v), v, alpha=mu), rhs, None, cg_steps or MOST, 10 * torch.finfo(rhs.dtype).eps
+    )
 
 
 def nearest(A: Any, y: Tensor, x: Tensor, mu: float, cg_steps: int) -> Tensor:
@@ -102,11 +104,16 @@ def admm_sweep(
     A, (across, back) = problem.operator, COUPLINGS[coupling]
 
     def normal(v: Tensor) -> Tensor:
-        out = A.normal(v) + rho * back(across(v, SLICES), SLICES)
-        return out + mu * v if mu else out
+        out = torch.add(A.normal(v), v, alpha=mu)
+        if coupling == "tv":
+            return plus_roughness(out, v, rho, SLICES)
+        return out.add_(back(across(v, SLICES), SLICES), alpha=rho)
 
-    rhs = A.adjoint(problem.y) + rho * back(z - u, SLICES) + mu * x
-    x = cg(normal, rhs, x, cg_steps, joint=True)
-    d = across(x, SLICES)
-    z = shrink(d + u, lam / rho)
-    return x, z, u + d - z
+    def rhs() -> Tensor:
+        out = torch.add(A.adjoint(problem.y), x, alpha=mu)
+        return out.add_(back(z - u, SLICES), alpha=rho)
+
+    new = cg(normal, rhs(), x, cg_steps, joint=True)
+    split = across(new, SLICES).add_(u)
+    z = shrink(split, lam / rho)
+    return new, z, split - z
