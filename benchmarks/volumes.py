@@ -5,8 +5,8 @@ python benchmarks/volumes.py [--size 64] [--depths 16 64 128 256] [--views 8] [-
 
 Each depth is planned in one process and run in another. Columns: predicted and measured peak memory (resident set; on
 a GPU that which torch allocated) and what the two say beyond a process that has loaded libraries, weights and
-measurements ("beyond"); predicted and measured seconds of the steps, and a slice's; the share of the seconds that is
-neither network nor projector. "toy" is an untrained network of 16 channels: for the way, not the picture. At full
+measurements ("beyond"); predicted and measured seconds of the steps; a slice's processor time (on a GPU its seconds)
+and the share of that which is neither network nor projector: what else the machine does meanwhile is not in these. "toy" is an untrained network of 16 channels: for the way, not the picture. At full
 size, on a quiet machine: --size 256 --depths 64 128 256 512 --prior ct.
 """
 
@@ -30,7 +30,7 @@ import torch
 MB = 1e6
 COLUMNS = (
     "slices", "plan MB", "peak MB", "ratio", "plan beyond MB", "beyond MB", "ratio", "plan s", "s", "ratio",
-    "s / slice", "overhead %",
+    "CPU s / slice", "overhead %",
 )  # fmt: skip
 
 
@@ -65,16 +65,21 @@ def make_toy(folder: Path) -> None:
     save(folder, UNet(UNetConfig(channels=(16, 16), blocks=(1, 1), norm_groups=4)), info)
 
 
+def clock() -> float:
+    """Seconds of this process alone; on a GPU of all."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 def timed(owner: type, name: str, spent: dict[str, float]) -> None:
     """Add up the seconds of a method in ``spent[name]``."""
     method: Callable[..., Any] = getattr(owner, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        began = clock()
         out = method(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+        spent[name] = spent.get(name, 0.0) + clock() - began
         return out
 
     setattr(owner, name, wrapped)
@@ -121,23 +126,24 @@ def child(options: argparse.Namespace) -> dict[str, float]:
     seconds = {}
 
     def progress(states: Any, *_: Any) -> Any:
-        began = time.perf_counter()
+        began, own = time.perf_counter(), clock()
         yield from states
-        seconds.update(whole=time.perf_counter() - began, work=sum(spent.values()))
+        seconds.update(whole=time.perf_counter() - began, own=clock() - own, work=sum(spent.values()))
 
     reconstruct.run(job, False, progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    share = 1 - seconds["work"] / seconds["whole"]
-    return {"peak": peak, "beyond": peak - held, "seconds": seconds["whole"], "overhead": share}
+    share = 1 - seconds["work"] / seconds["own"]
+    whole, own = seconds["whole"], seconds["own"]
+    return {"peak": peak, "beyond": peak - held, "seconds": whole, "own": own, "overhead": share}
 
 
 def row(planned: dict[str, float], ran: dict[str, float], depth: int) -> str:
     pairs: list[float] = []
     for key, unit in (("peak", MB), ("beyond", MB), ("seconds", 1.0)):
         pairs += [planned[key] / unit, ran[key] / unit, planned[key] / ran[key]]
-    values = [depth, *pairs, ran["seconds"] / depth, 100 * ran["overhead"]]
+    values = [depth, *pairs, ran["own"] / depth, 100 * ran["overhead"]]
     return "| " + " | ".join(f"{v:.3g}" for v in values) + " |"
 
 
