@@ -6,8 +6,9 @@ python benchmarks/volumes.py [--size 64] [--depths 16 64 128 256] [--views 8] [-
 Each depth is planned in one process and run in another. Columns: predicted and measured peak memory (resident set; on
 a GPU that which torch allocated) and what the two say beyond a process that has loaded libraries, weights and
 measurements ("beyond"); predicted and measured seconds of the steps; a slice's processor time (on a GPU its seconds)
-and the share of that which is neither network nor projector: what else the machine does meanwhile is not in these. "toy" is an untrained network of 16 channels: for the way, not the picture. At full
-size, on a quiet machine: --size 256 --depths 64 128 256 512 --prior ct.
+and the share of that which is neither network nor projector: what else the machine does meanwhile is not in these.
+"toy" is an untrained network of 16 channels: for the way, not the picture. At full size, on a quiet machine:
+--size 256 --depths 64 128 256 512 --prior ct.
 """
 
 from __future__ import annotations
