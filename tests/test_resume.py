@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import subprocess
@@ -121,11 +123,11 @@ def test_what_a_killed_run_left_half_written_is_removed(world: Any, tmp_path: Pa
     }  # fmt: skip
 
 
-def killed(words: list[str], delay: float, watched: Path | None = None) -> bool:
+def killed(words: list[str], delay: float, watched: Path) -> bool:
     """Run a command and kill it after ``delay`` seconds, counted from when ``watched`` is there; whether it was."""
     run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while watched is not None and not watched.exists() and run.poll() is None and time.monotonic() < deadline:
+    while not watched.exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     try:
         run.wait(delay)
@@ -150,27 +152,77 @@ def test_two_kills_and_the_same_bits(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".part-*"))
 
 
+# The command with its imports done once: the first line runs here, every other one in a process of its own, whose id
+# and exit code are answered
+FORKS = """
+import json, os, sys, torch
+from invdiff.pipelines import cli
+torch.set_num_threads(1)
+out = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def command(line):
+    sys.argv = ["invdiff", *json.loads(line)]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+print(command(sys.stdin.readline()), file=out, flush=True)
+for line in iter(sys.stdin.readline, ""):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(command(line))
+    print(pid, file=out, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=out, flush=True)
+"""
+
+
+def forked(server: subprocess.Popen[str], words: list[str], delay: float | None = None) -> int:
+    """Run a command in a process of its own, kill it after ``delay`` seconds, and return its exit code."""
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(words) + "\n")
+    server.stdin.flush()
+    pid = int(server.stdout.readline())
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)  # at worst it is a process that has ended: its id is taken by no other so soon
+    return int(server.stdout.readline())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["sampler.steps=150"], ["sampler.steps=30", "--samples", "5"]])
 def test_twenty_kills_of_a_volume_and_the_same_bytes(more: list[str], prior: str, tmp_path: Path) -> None:
-    """Killed at a random moment of the whole command, from its start to its last file; resumed each time."""
+    """Killed at a random moment of the whole command, from reading to its last file; resumed each time."""
     from tests.test_pipelines import body
 
     scan, _ = simulate(body((12, 40, 36)), Simulation(views=12, photons=1e6))
     write_measurements(tmp_path / "scan.h5", [scan])
-    command = [sys.executable, "-m", "invdiff.pipelines.cli", "reconstruct", str(tmp_path / "scan.h5")]
-    command += ["--prior", prior, *more, "run.every=2", "run.chunk=4", "--dtype", "float32", "-o"]
-    began = time.monotonic()
-    assert subprocess.run([*command, str(tmp_path / "whole.nii")]).returncode == 0
-    seconds, wanted = time.monotonic() - began, sorted(tmp_path.glob("whole*.nii"))
-    assert len(wanted) == (4 if "--samples" in more else 1)
-    moments, torn_off, held = random.Random(4), 0, 0
-    for k in range(20):
-        out = tmp_path / f"cut{k}.nii"
-        torn_off += killed([*command, str(out)], moments.uniform(0, seconds))
-        held += (tmp_path / f"cut{k}.checkpoint").exists()
-        assert subprocess.run([*command, str(out), "--resume"]).returncode == 0
-        for one in wanted:
-            assert one.with_name(one.name.replace("whole", f"cut{k}")).read_bytes() == one.read_bytes(), one.name
-    assert torn_off >= 15 and held >= 5  # some may end, or not have begun, before their moment
+    command = ["reconstruct", str(tmp_path / "scan.h5"), "--prior", prior, *more, "run.every=2", "run.chunk=4"]
+    command += ["--dtype", "float32", "-o"]
+    server = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with server:
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps([*command, str(tmp_path / "whole.nii")]) + "\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "0\n"
+        wanted = sorted(tmp_path.glob("whole*.nii"))
+        assert len(wanted) == (4 if "--samples" in more else 1)
+        began = time.monotonic()
+        assert forked(server, [*command, str(tmp_path / "whole.nii")]) == 0
+        seconds, moments, steps = time.monotonic() - began, random.Random(4), []
+        for k in range(20):
+            out = tmp_path / f"cut{k}.nii"
+            cut = forked(server, [*command, str(out)], moments.uniform(0, seconds)) == -signal.SIGKILL
+            steps.append(step_of(tmp_path / f"cut{k}.checkpoint") if cut else "ended")
+            assert forked(server, [*command, str(out), "--resume"]) == 0
+            for one in wanted:
+                assert one.with_name(one.name.replace("whole", f"cut{k}")).read_bytes() == one.read_bytes(), one.name
+        server.stdin.close()
+    print("killed after the checkpoint of step", *steps)
+    assert len({s for s in steps if isinstance(s, int)}) >= 10
     assert not list(tmp_path.glob("*.checkpoint*"))
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint holds, None where there is none."""
+    return int(torch.load(path, weights_only=True)["state"]["i"]) if path.exists() else None
