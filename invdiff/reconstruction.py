@@ -14,7 +14,7 @@ from invdiff.priors.model import fast_dtype, load
 from invdiff.priors.wrappers import Chunked
 from invdiff.problem import Prepared, prepare, unconditional
 from invdiff.protocols import Operator, Prior, Problem, Sampler, State
-from invdiff.run import guarded, iterate, last, residual_norms
+from invdiff.run import guarded, iterate, last, measurements, residual_norms
 from invdiff.samplers.dds import DDS
 from invdiff.samplers.dpmpp import DPMpp2M
 from invdiff.samplers.solver import Solver
@@ -60,21 +60,22 @@ def run_record(prepared: Prepared, sampler: Sampler[Any], state: State, seed: in
 def record_of(prepared: Prepared, sampler: Sampler[Any], state: State, seed: int) -> dict[str, Any]:
     """What a result is: sampler and its fields, prior, seed, norm, noise and the residual's chi^2 per measurement."""
     problem = prepared.problem
-    residual = residual_norms(problem, state.x)
+    residual, count = residual_norms(problem, state.x), measurements(problem)
     return {
         **run_record(prepared, sampler, state, seed),
         "operator_norm": prepared.norm,
         "sigma_y_normalised": problem.sigma_y,
         "residual": (residual / problem.y.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).tolist(),
-        "chi2": chi2_of(problem, residual),
+        "chi2": chi2_of(problem, residual, count),
     }
 
 
-def chi2_of(problem: Problem, residual: Tensor) -> list[Any] | None:
-    """Chi^2 per measurement of residual norms (... s); None for noiseless data."""
-    # y may be complex: two real components a measurement, each with deviation sigma_y
-    count = problem.y[0].numel() * (2 if problem.y.is_complex() else 1)
-    return (residual.square() / count / problem.sigma_y**2).tolist() if problem.sigma_y > 0 else None
+def chi2_of(problem: Problem, residual: Tensor, measured: tuple[Tensor, Tensor]) -> list[Any] | None:
+    """Chi^2 per measurement of residual norms (... s), of what ``measurements`` found; None for noiseless data."""
+    if problem.sigma_y == 0:
+        return None
+    count, idle = measured
+    return ((residual.square() - idle).clamp_min(0) / count.clamp_min(1) / problem.sigma_y**2).tolist()
 
 
 def gathered(prepared: Prepared, sampler: Sampler[Any], gather: Gather, end: SeedsState, seed: int) -> Result:
@@ -87,9 +88,10 @@ def gathered(prepared: Prepared, sampler: Sampler[Any], gather: Gather, end: See
         end: the last state of ``invdiff.uncertainty.over_seeds``.
         seed: of the first sample.
     """
-    scale, to_physical = prepared.to_physical.scale, prepared.to_physical
+    scale, to_physical, problem = prepared.to_physical.scale, prepared.to_physical, prepared.problem
     extra: dict[str, Any] = {"seeds": list(range(seed, seed + gather.count)), **asdict(gather)}
-    extra |= {"meaning": meaning(gather, sampler.estimate), "chi2": chi2_of(prepared.problem, end.residuals)}
+    extra["meaning"] = meaning(gather, sampler.estimate)
+    extra["chi2"] = chi2_of(problem, end.residuals, measurements(problem))
     maps: dict[str, Tensor] = {}
     if isinstance(gather, Spread):
         x, std, low, high = gather.summary(SpreadState(**end.kept))

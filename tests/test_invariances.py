@@ -60,7 +60,7 @@ SHORT: dict[str, Any] = {
     "reddiff": REDDiff(steps=8, z_lam=0.5),
     "reddiff, adam": REDDiff(steps=12, newton_steps=0, order="mini-batch"),
     "diffusionmbir": DiffusionMBIR(steps=12),
-    "dps": DPS(steps=10),
+    "dps": DPS(steps=10, scale=0.5),
     "pigdm": PiGDM(steps=12, move="ddim"),
     "diffpir": DiffPIR(steps=6, cg_steps=8),
     "ddnm": DDNM(steps=6, cg_steps=5),

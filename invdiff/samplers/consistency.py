@@ -15,23 +15,22 @@ COUPLINGS = {"tv": (difference, difference_adjoint), "haar": (haar, haar_adjoint
 MOST = 100  # CG iterations where the operator's own solve is asked for and mu is 0, which it does not take
 
 
-def correction(A: Any, rhs: Tensor, mu: float, cg_steps: int) -> Tensor:
+def correction(A: Any, rhs: Tensor, mu: float | Tensor, cg_steps: int) -> Tensor:
     """(A^H A + mu I)^-1 rhs; for mu = 0 the solution of least norm.
 
     Args:
         A: a LinearOperator.
         rhs: (s c h w).
-        mu: 0 or more.
-        cg_steps: CG iterations from zero, one step length a slice; 0 is the operator's own ``solve``.
+        mu: 0 or more; one for all, or (s 1 1 1).
+        cg_steps: CG iterations from zero, one step length a slice; 0 is the operator's own ``solve``, where mu is one.
     """
-    if cg_steps == 0 and mu > 0:
+    if cg_steps == 0 and not isinstance(mu, Tensor) and mu > 0:
         return A.solve(rhs, mu)
-    return cg(
-        lambda v: torch.add(A.normal(v), v, alpha=mu), rhs, None, cg_steps or MOST, 10 * torch.finfo(rhs.dtype).eps
-    )
+    tolerance, weight = 10 * torch.finfo(rhs.dtype).eps, torch.as_tensor(mu, dtype=rhs.dtype, device=rhs.device)
+    return cg(lambda v: torch.addcmul(A.normal(v), weight, v), rhs, None, cg_steps or MOST, tolerance)
 
 
-def nearest(A: Any, y: Tensor, x: Tensor, mu: float, cg_steps: int) -> Tensor:
+def nearest(A: Any, y: Tensor, x: Tensor, mu: float | Tensor, cg_steps: int) -> Tensor:
     """argmin_v ||A v - y||^2 + mu ||v - x||^2, slice by slice; for mu = 0 the v nearest to x of those that fit y best.
 
     Solved for v - x, from zero: where CG stops early, what y does not determine stays as it is in x.
@@ -81,7 +80,7 @@ def admm_sweep(
     *,
     rho: float,
     lam: float,
-    mu: float,
+    mu: float | Tensor,
     cg_steps: int,
     coupling: str = "tv",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +93,7 @@ def admm_sweep(
         u: its scaled dual, same shape.
         rho: penalty, greater than 0.
         lam: weight of the term across slices.
-        mu: weight of the anchor; 0 has none.
+        mu: weight of the anchor, one for all or (s 1 1 1); 0 has none.
         cg_steps: CG iterations, with one step length for all slices, which D_z couples.
         coupling: what D_z is: ``tv`` differences of neighbours, ``haar`` the details of a Haar transform.
 
@@ -102,15 +101,16 @@ def admm_sweep(
         The new x, z and u.
     """
     A, (across, back) = problem.operator, COUPLINGS[coupling]
+    weight = torch.as_tensor(mu, dtype=x.dtype, device=x.device)
 
     def normal(v: Tensor) -> Tensor:
-        out = torch.add(A.normal(v), v, alpha=mu)
+        out = torch.addcmul(A.normal(v), weight, v)
         if coupling == "tv":
             return plus_roughness(out, v, rho, SLICES)
         return out.add_(back(across(v, SLICES), SLICES), alpha=rho)
 
     def rhs() -> Tensor:
-        out = torch.add(A.adjoint(problem.y), x, alpha=mu)
+        out = torch.addcmul(A.adjoint(problem.y), weight, x)
         return out.add_(back(z - u, SLICES), alpha=rho)
 
     new = cg(normal, rhs(), x, cg_steps, joint=True)

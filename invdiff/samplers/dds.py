@@ -11,6 +11,7 @@ from invdiff.noise import karras
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear, within
 from invdiff.samplers.consistency import admm_sweep, check_coupling, nearest
+from invdiff.samplers.discrepancy import first_rule, next_rule, weight_of
 from invdiff.samplers.moves import advance, check_move, levels_of, no_past
 from invdiff.samplers.solver import denoised, start
 
@@ -18,7 +19,8 @@ from invdiff.samplers.solver import denoised, start
 class DDSState(NamedTuple):
     """i: steps done; x: consistent image; x_t: noisy iterate; z, u: split D_z x and its scaled dual (s c h w).
 
-    past: what the move keeps of earlier steps (k s c h w), k 0 for ``ddim``.
+    past: what the move keeps of earlier steps (k s c h w), k 0 for ``ddim``; rule: see ``discrepancy``, (s, 0) where
+    the anchor is given.
     """
 
     i: int
@@ -27,6 +29,7 @@ class DDSState(NamedTuple):
     z: Tensor
     u: Tensor
     past: Tensor
+    rule: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class DDS:
 
     The consistency minimises ||A x - y||^2 / 2 + rho/2 ||D_z x - z + u||^2 + mu/2 ||x - D||^2 by ``cg_steps`` steps
     from D = denoise(x_t), with mu = anchor * sigma_y^2 (the paper's proximal step for noisy data, gamma = 1 / mu):
-    noisy data weigh what they are worth. With ``anchor`` 0 stopping early is all that holds x near D, as published
-    for noiseless data.
+    noisy data weigh what they are worth. Without an ``anchor`` each slice's mu follows from sigma_y by the discrepancy
+    rule (see ``invdiff.samplers.discrepancy``). With ``anchor`` 0 stopping early is all that holds x near D, as
+    published for noiseless data.
 
     Not for a calibrated posterior: it is a sampler in form, but its spread is not the posterior's. Not with ``lam``
     where data have no noise and slices differ: even a perfect denoiser's image is then smoothed across slices, where
@@ -51,7 +55,8 @@ class DDS:
         lam: weight of ||D_z x||_1 for [-1, 1] images and ||A|| = 1; 0 leaves slices uncoupled. Published 2e-4.
         coupling: what D_z x is, sparse across slices: ``tv`` (as published) the differences of neighbours, ``haar`` the
             details of an orthonormal Haar transform, at all levels: neighbours are not all alike to it, pairs may show.
-        anchor: weight of the denoised image: about one over its squared error in prior units, as RED-Diff's lam.
+        anchor: weight of the denoised image: about one over its squared error in prior units, as RED-Diff's lam; None
+            finds it.
         sigma_floor: smallest sigma_y assumed, prior units with ||A|| = 1: no model of a scanner is exact.
         move: ``ddim`` as published, with the prior's own noise estimate, which brings the data in whole at every step;
             ``dpmpp2m`` or ``deis3m`` follow the ODE of the consistent image. With eta 0 and 15 evaluations these are
@@ -69,7 +74,7 @@ class DDS:
     rho: float = 0.025
     lam: float = 5e-5
     coupling: str = "tv"
-    anchor: float = 300.0
+    anchor: float | None = None
     sigma_floor: float = 1e-3
     move: str = "ddim"
     warm: bool = False
@@ -79,7 +84,9 @@ class DDS:
     def __post_init__(self) -> None:
         check_move(self, self.move)
         check_coupling(self, self.coupling)
-        at_least(self, steps=1, cg_steps=1, rho=0, lam=0, anchor=0, sigma_floor=0)
+        at_least(self, steps=1, cg_steps=1, rho=0, lam=0, sigma_floor=0)
+        if self.anchor is not None:
+            at_least(self, anchor=0)
         within(self, eta=(0, 1))
         if self.lam > 0 and self.rho == 0:
             raise ValueError("DDS.rho is 0 with lam above 0; a positive penalty is wanted")
@@ -94,13 +101,15 @@ class DDS:
         linear(self, problem)
         zero, x_t = start(problem, self.sigma_max)
         x = first_guess(problem) if self.warm else zero
-        return DDSState(0, x, x + x_t, zero, zero, no_past(self.move, zero))
+        rule = first_rule(problem, self._variance(problem)) if self.anchor is None else zero.new_zeros(len(zero), 0)
+        return DDSState(0, x, x + x_t, zero, zero, no_past(self.move, zero), rule)
 
     def step(self, problem: Problem, state: DDSState) -> DDSState:
         """DDS algorithm 3 (algorithm 1 where lam is 0)."""
-        i, _, x_t, z, u, past = state
+        i, _, x_t, z, u, past, rule = state
         D = denoised(problem, x_t, self.sigma(i))
-        mu = self.anchor * max(problem.sigma_y, self.sigma_floor) ** 2
+        variance = self._variance(problem)
+        mu = weight_of(rule, D) if self.anchor is None else self.anchor * variance
         if self.lam > 0:
             how: Any = {"rho": self.rho, "lam": self.lam, "cg_steps": self.cg_steps, "coupling": self.coupling}
             x, z, u = admm_sweep(problem, D, z, u, mu=mu, **how)
@@ -108,4 +117,10 @@ class DDS:
             x = nearest(problem.operator, problem.y, D, mu, self.cg_steps)
         levels = levels_of(self.move, self.sigma, i)
         x_t, past = advance(self.move, levels, x_t, x, past, self.eta, problem.noise(i, x_t), D)
-        return DDSState(i + 1, x, x_t, z, u, past)
+        if self.anchor is None:
+            rule = next_rule(rule, problem, x, D, variance)
+        return DDSState(i + 1, x, x_t, z, u, past, rule)
+
+    def _variance(self, problem: Problem) -> float:
+        """sigma_y^2, as far as it is believed."""
+        return max(problem.sigma_y, self.sigma_floor) ** 2

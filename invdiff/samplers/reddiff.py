@@ -14,6 +14,7 @@ from invdiff.linalg import cg, difference, difference_adjoint, plus_roughness
 from invdiff.noise import KeyedNoise, geometric
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear
+from invdiff.samplers.discrepancy import first_rule, next_rule, weight_of
 
 WEIGHTS: dict[str, Callable[[float], float]] = {
     "linear": lambda s: s,
@@ -30,12 +31,13 @@ SLICES = 0
 
 
 class REDDiffState(NamedTuple):
-    """i: steps done; x: the estimate mu (s c h w); m, v: Adam's moments."""
+    """i: steps done; x: the estimate mu (s c h w); m, v: Adam's moments; rule: see ``discrepancy``, (s, 0) with lam."""
 
     i: int
     x: Tensor
     m: Tensor
     v: Tensor
+    rule: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class REDDiff:
         rate: damping of the Newton step, at most 1; with Adam its first learning rate in prior units, published 0.1.
         final_rate: last rate over the first; the decay is geometric. Published 1. A small one averages the noise out.
         lam: weight of the prior: about one over the squared error, in prior units, that its denoiser makes at the
-            noise levels that matter. Published 0.25, for losses that are means and noise that is not weighed.
+            noise levels that matter; None finds it, for each slice, by the discrepancy rule (see
+            ``invdiff.samplers.discrepancy``). Published 0.25, for losses that are means and noise that is not weighed.
         weight: how the noise level weighs: linear, sqrt, square, log, trunc_linear, power2over3, const.
         order: of the noise levels: ``descending``, the published choice, ``ascending``, ``random`` (one a step) or
             ``mini-batch`` (each of a step's ``draws`` at one of its own, spread over the range). Published as worse.
@@ -73,7 +76,7 @@ class REDDiff:
     steps: int = 50
     rate: float = 0.7
     final_rate: float = 0.5
-    lam: float = 300.0
+    lam: float | None = None
     weight: str = "linear"
     order: str = "descending"
     draws: int = 1
@@ -87,7 +90,9 @@ class REDDiff:
     sigma_min: float = 0.03
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, rate=0, final_rate=0, lam=0, draws=1, newton_steps=0)
+        at_least(self, steps=1, rate=0, final_rate=0, draws=1, newton_steps=0)
+        if self.lam is not None:
+            at_least(self, lam=0)
         at_least(self, sigma_floor=0, z_lam=0, z_width=1e-12)
         if self.weight not in WEIGHTS:
             raise ValueError(f"REDDiff.weight is {self.weight!r}; one of {', '.join(WEIGHTS)} is wanted")
@@ -102,37 +107,47 @@ class REDDiff:
     def init(self, problem: Problem) -> REDDiffState:
         """mu = A^+ y (FBP for CT), as published."""
         x = first_guess(problem)
-        return REDDiffState(0, x, torch.zeros_like(x), torch.zeros_like(x))
+        rule = first_rule(problem, self._variance(problem)) if self.lam is None else x.new_zeros(len(x), 0)
+        return REDDiffState(0, x, torch.zeros_like(x), torch.zeros_like(x), rule)
 
     def step(self, problem: Problem, state: REDDiffState) -> REDDiffState:
         """One Adam step on the loss above (algorithm 1 of the paper)."""
-        i, x, m, v = state
+        i, x, m, v, rule = state
         g = problem.operator.vjp(x, problem.operator.forward(x) - problem.y)
-        variance = max(problem.sigma_y, self.sigma_floor) ** 2
-        weight = 0.0
+        variance, weight, D = self._variance(problem), x.new_zeros(()), torch.zeros_like(x)
+        scaled = weight_of(rule, x) if self.lam is None else variance * self.lam
         for draw in range(self.draws):
             s = self._level(problem, i, draw)
             denoised = problem.prior.denoise(x + s * problem.noise(i, x, draw), torch.tensor(s, device=x.device))
-            share = variance * self.lam * WEIGHTS[self.weight](s) / s / self.draws
-            g, weight = g + share * (x - denoised), weight + share
+            share = scaled * WEIGHTS[self.weight](s) / s / self.draws
+            g, weight, D = g + share * (x - denoised), weight + share, D + denoised / self.draws
         if self.z_lam:
             d = difference(x, SLICES) / self.z_width
             g = g + variance * self.z_lam * difference_adjoint(d.clamp(-1, 1), SLICES)
         size = self.rate * self.final_rate ** (i / max(1, self.steps - 1))
         if self.newton_steps:
-            return REDDiffState(i + 1, x - size * self._newton(problem, g, weight), m, v)
+            down = self._newton(problem, g, weight)
+            if self.lam is None:
+                rule = next_rule(rule, problem, x - down, D, variance)
+            return REDDiffState(i + 1, x - size * down, m, v, rule)
+        if self.lam is None:
+            rule = next_rule(rule, problem, x, D, variance)
         m = self.beta1 * m + (1 - self.beta1) * g
         v = self.beta2 * v + (1 - self.beta2) * g.square()
         unbiased = m / (1 - self.beta1 ** (i + 1)) / ((v / (1 - self.beta2 ** (i + 1))).sqrt() + ADAM_EPSILON)
-        return REDDiffState(i + 1, x - size * unbiased, m, v)
+        return REDDiffState(i + 1, x - size * unbiased, m, v, rule)
 
-    def _newton(self, problem: Problem, g: Tensor, weight: float) -> Tensor:
+    def _variance(self, problem: Problem) -> float:
+        """sigma_y^2, as far as it is believed."""
+        return max(problem.sigma_y, self.sigma_floor) ** 2
+
+    def _newton(self, problem: Problem, g: Tensor, weight: Tensor) -> Tensor:
         """(A^T A + weight + z-term)^-1 g by CG: the loss's curvature with the denoiser held fixed."""
         A = linear(self, problem)
         curvature = max(problem.sigma_y, self.sigma_floor) ** 2 * self.z_lam / self.z_width
 
         def normal(v: Tensor) -> Tensor:
-            out = torch.add(A.normal(v), v, alpha=weight)
+            out = torch.addcmul(A.normal(v), weight, v)
             return plus_roughness(out, v, curvature, SLICES) if curvature else out
 
         return cg(normal, g, None, self.newton_steps, joint=bool(curvature))
