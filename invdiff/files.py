@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import pickle
@@ -117,6 +118,12 @@ def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:
     except _NOT_TORCH as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is truncated or not what torch.save writes: {reason}") from error
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what killed processes left half-written beside ``path``, which one process at a time may write."""
+    for part in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
+        part.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

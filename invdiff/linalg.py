@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+ROOT_HALF = 0.5**0.5
+BLOCK = 8  # slices whose products are held at once: they stay in a cache
 ROUNDING = 16.0  # relative residual, in machine epsilons, at which CG has nothing left to gain
 
 
@@ -21,9 +23,13 @@ def inner(a: Tensor, b: Tensor, joint: bool = False) -> Tensor:
     Returns:
         (s 1 ... 1), or (1 ... 1) if ``joint``.
     """
-    dims = tuple(range(0 if joint else 1, a.ndim))
-    product = (a.conj() * b).real if a.is_complex() else a * b
-    return product.sum(dim=dims, keepdim=True) if dims else product
+    dims = tuple(range(1, a.ndim))
+    parts = []
+    for one, other in zip(a.split(BLOCK), b.split(BLOCK), strict=True):
+        product = (one.conj() * other).real if a.is_complex() else one * other
+        parts.append(product.sum(dim=dims, keepdim=True) if dims else product)
+    each = torch.cat(parts)
+    return each.sum(0, keepdim=True) if joint else each
 
 
 def cg(
@@ -46,16 +52,20 @@ def cg(
 
     Returns:
         x, the shape of ``rhs``. A slice whose residual is zero keeps its value.
+
+    Without gradients four images are held beside ``rhs`` and ``x0``, and what ``normal`` takes.
     """
-    x = torch.zeros_like(rhs) if x0 is None else x0
-    r = rhs if x0 is None else rhs - normal(x0)
-    p = r
+    overwrite = not torch.is_grad_enabled()
     size = inner(rhs, rhs, joint)
     goal, floor = tolerance**2 * size, cg_floor(size)
+    x = torch.zeros_like(rhs) if x0 is None else x0.clone()
+    r = rhs.clone() if x0 is None else rhs - normal(x0)
+    p, rr = r.clone(), size if x0 is None else inner(r, r, joint)
+    del rhs, x0
     for _ in range(iterations):
-        if tolerance > 0 and bool((inner(r, r, joint) <= goal).all()):
+        if tolerance > 0 and bool((rr <= goal).all()):
             break
-        x, r, p = cg_step(normal, x, r, p, floor, joint)
+        x, r, p, rr = _cg_step(normal, x, r, p, rr, floor, joint, overwrite)
     return x
 
 
@@ -68,14 +78,30 @@ def cg_step(
     normal: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, p: Tensor, floor: Tensor, joint: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration of ``cg`` from (x, residual, direction); slices whose squared residual is at ``floor`` rest."""
-    rr = inner(r, r, joint)
+    return _cg_step(normal, x, r, p, inner(r, r, joint), floor, joint, overwrite=False)[:3]
+
+
+def _cg_step(
+    normal: Callable[[Tensor], Tensor],
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    rr: Tensor,
+    floor: Tensor,
+    joint: bool,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The new x, r, p and ||r||^2, rr being the old one; with ``overwrite`` the three are where the old ones were."""
+    out_x, out_r, out_p = (x, r, p) if overwrite else (None, None, None)
     q = normal(p)
     curvature = inner(p, q, joint)
     moves = (rr > floor) & (curvature > 0)
-    alpha = torch.where(moves, rr / curvature.where(moves, 1.0), 0.0)
-    new = r - alpha * q
-    beta = torch.where(moves, inner(new, new, joint) / rr.where(moves, 1.0), 0.0)
-    return x + alpha * p, new, new + beta * p
+    alpha = torch.where(moves, rr / curvature.where(moves, 1.0), 0.0).to(x.dtype)
+    x = torch.addcmul(x, alpha, p, out=out_x)
+    new = torch.addcmul(r, -alpha, q, out=out_r)
+    size = inner(new, new, joint)
+    beta = torch.where(moves, size / rr.where(moves, 1.0), 0.0).to(x.dtype)
+    return x, new, torch.addcmul(new, beta, p, out=out_p), size
 
 
 def lanczos(normal: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -138,12 +164,52 @@ def difference(x: Tensor, dim: int) -> Tensor:
 def difference_adjoint(v: Tensor, dim: int) -> Tensor:
     """The exact adjoint of ``difference``: same shape."""
     n = v.shape[dim]
-    inside = v.narrow(dim, 0, n - 1)
     zero = torch.zeros_like(v.narrow(dim, 0, 1))
-    return torch.cat([zero, inside], dim) - torch.cat([inside, zero], dim)
+    padded = torch.cat([zero, v.narrow(dim, 0, n - 1), zero], dim)
+    return padded.narrow(dim, 0, n) - padded.narrow(dim, 1, n)
+
+
+def plus_roughness(x: Tensor, v: Tensor, weight: float, dim: int) -> Tensor:
+    """x + weight D^T D v with D = ``difference`` along ``dim``, where x was: little is held besides."""
+    a, b = x.movedim(dim, 0), v.movedim(dim, 0)
+    for k in range(0, len(b) - 1, BLOCK):
+        d = torch.diff(b[k : k + BLOCK + 1], dim=0).mul_(weight)
+        a[k + 1 : k + 1 + len(d)].add_(d)
+        a[k : k + len(d)].sub_(d)
+    return x
+
+
+def haar(x: Tensor, dim: int) -> Tensor:
+    """Details of the orthonormal Haar transform along ``dim``, coarsest first after a 0 for the mean: same shape.
+
+    All levels; of an odd number the last value goes on to the next level as it is.
+    """
+    a, details = x.movedim(dim, 0), []
+    while len(a) > 1:
+        half = len(a) // 2
+        even, odd = a[: 2 * half : 2], a[1 : 2 * half : 2]
+        details.append((even - odd) * ROOT_HALF)
+        a = torch.cat([(even + odd) * ROOT_HALF, a[2 * half :]])
+    return torch.cat([torch.zeros_like(a), *reversed(details)]).movedim(0, dim)
+
+
+def haar_adjoint(v: Tensor, dim: int) -> Tensor:
+    """The exact adjoint of ``haar``: same shape. Of its details it makes what they are of, but for the mean."""
+    details, lengths = v.movedim(dim, 0), [v.shape[dim]]
+    while lengths[-1] > 1:
+        lengths.append(lengths[-1] - lengths[-1] // 2)
+    a, done = torch.zeros_like(details[:1]), 1
+    for half in (n // 2 for n in reversed(lengths[:-1])):
+        low, high, done = a[:half], details[done : done + half], done + half
+        pairs = torch.stack([low + high, low - high], 1).flatten(0, 1) * ROOT_HALF
+        a = torch.cat([pairs, a[half:]])
+    return a.movedim(0, dim)
 
 
 def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
     """Soft threshold, the proximal map of ``threshold`` |x|: towards zero by ``threshold``, phase kept."""
+    if not x.is_complex():
+        limit = torch.as_tensor(threshold, dtype=x.dtype, device=x.device)
+        return x - x.clamp(-limit, limit)
     size = x.abs()
     return x * ((size - threshold).clamp_min(0) / size.clamp_min(torch.finfo(size.dtype).tiny))

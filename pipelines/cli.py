@@ -24,6 +24,13 @@ console = Console()
 errors = Console(stderr=True)
 
 Device = Annotated[str, typer.Option(help="Such as cpu or cuda.")]
+Samples = Annotated[
+    int | None, typer.Option(help="Run so many seeds: their mean, -std, and interval, -low and -high.")
+]  # fmt: skip
+BestOf = Annotated[int | None, typer.Option(help="Run so many seeds and keep each slice's best.")]
+Invented = Annotated[
+    bool, typer.Option("--invented", help="Tell -measured from -invented, with the -invented-share.")
+]  # fmt: skip
 
 
 def show_progress(states: Iterator[Any], steps: int, name: str) -> Iterator[Any]:
@@ -94,14 +101,10 @@ def reconstruct(
     seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
-    chunk: Annotated[int | None, typer.Option(help="Slices denoised at once.")] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Run so many seeds: their mean, -std, and interval, -low and -high.")
-    ] = None,
-    best_of: Annotated[int | None, typer.Option(help="Run so many seeds and keep each slice's best.")] = None,
-    invented: Annotated[
-        bool, typer.Option("--invented", help="Tell -measured from -invented, with the -invented-share.")
-    ] = False,
+    chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,
+    samples: Samples = None,
+    best_of: BestOf = None,
+    invented: Invented = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
 ) -> None:
     """Reconstruct a measurement file into a volume, its record (.json) and its picture (.png)."""
@@ -116,10 +119,7 @@ def reconstruct(
         "input": {"index": index},
         "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
     }
-    asked = {"samples": samples, "best": best_of}
-    flags |= {table: {"count": count} for table, count in asked.items() if count is not None}
-    if invented:
-        flags["invented"] = {}
+    flags |= _how_sure(samples, best_of, invented)
     job = pipeline.resolve(scan, flags, overrides or [])
     try:
         record = pipeline.run(job, resume, show_progress)
@@ -138,6 +138,33 @@ def reconstruct(
         console.print(f"note: {note}")
     if job.truth is not None:
         console.print(comparison.table(comparison.run(job.out, job.truth), str(job.out)))
+
+
+@app.command()
+def plan(
+    scan: Annotated[Path, typer.Argument(help="As for reconstruct: measurements, raw data, or a TOML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value, such as run.chunk=4.")] = None,
+    prior: Annotated[str | None, typer.Option(help="A shipped prior, a prior's folder, or none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dds, reddiff, diffusionmbir, tv, cgls, fbp, ...")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,
+    samples: Samples = None,
+    best_of: BestOf = None,
+    invented: Invented = False,
+) -> None:
+    """What a reconstruction will take in memory and time; exit code 2 where it does not fit. Writes nothing."""
+    from invdiff.pipelines import plan as pipeline
+    from invdiff.pipelines.reconstruct import resolve
+
+    flags: dict[str, dict[str, Any]] = {
+        "output": {"path": "recon.nii.gz"},
+        "prior": {"name": prior},
+        "sampler": {"kind": sampler},
+        "run": {"device": device, "chunk": chunk},
+    }
+    flags |= _how_sure(samples, best_of, invented)
+    for line in pipeline.run(resolve(scan, flags, overrides or [])).lines():
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -206,6 +233,13 @@ def train(
         kept = (out / pipeline.STATE_FILE).exists()
         errors.print(f"interrupted; {out} holds the run: with --resume it goes on" if kept else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _how_sure(samples: int | None, best_of: int | None, invented: bool) -> dict[str, dict[str, Any]]:
+    """The tables that these options stand for."""
+    asked = {"samples": samples, "best": best_of}
+    tables: dict[str, dict[str, Any]] = {table: {"count": n} for table, n in asked.items() if n is not None}
+    return {**tables, "invented": {}} if invented else tables
 
 
 def main() -> None:

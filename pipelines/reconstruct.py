@@ -19,7 +19,10 @@ from invdiff.files import sha256_of, whole_file
 from invdiff.invented import Split, measured_or_invented
 from invdiff.noise import KeyedNoise
 from invdiff.operators import Whitened
+from invdiff.pipelines.budget import Budget, Work, budget_of, built, check, largest_chunk
 from invdiff.pipelines.compare import matched_truth
+from invdiff.pipelines.devices import DTYPES, device_of, dtype_of
+from invdiff.pipelines.memory import return_what_is_freed
 from invdiff.pipelines.output import (
     beside,
     check_writable,
@@ -31,17 +34,16 @@ from invdiff.pipelines.output import (
 )
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.uncertainty import Map, added_record, draw_maps, map_names, maps_of
-from invdiff.priors import Averaged, Chunked, NoPrior, load
-from invdiff.priors.model import NetworkPrior, fast_dtype
+from invdiff.priors import Averaged, Chunked, NoPrior, Offloaded, load
+from invdiff.priors.model import NetworkPrior
 from invdiff.problem import Prepared, prepare
 from invdiff.protocols import Prior
 from invdiff.reconstruction import Result, gathered, reconstruct, record_of
-from invdiff.run import checkpointed, fingerprint, guarded, iterate, last, load_state
+from invdiff.run import checkpointed, fingerprint, forget, guarded, iterate, last, resumed
 from invdiff.samplers import FBP, TV
 from invdiff.uncertainty import BestOf, Gather, SeedsState, Spread, over_seeds
 from invdiff.units import MU_WATER
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 
 
@@ -53,7 +55,8 @@ class RunConfig:
         seed: of all noise.
         device: such as ``cpu`` or ``cuda``.
         dtype: of the network's arithmetic: auto (bfloat16 where it is native), float32, bfloat16, float16.
-        chunk: slices denoised at once.
+        chunk: slices denoised at once; 0 finds how many fit, by halving (the record says how many).
+        offload: keep the volume and the projector in host memory; only the network and its chunk are on ``device``.
         every: steps between checkpoints.
     """
 
@@ -61,13 +64,14 @@ class RunConfig:
     device: str = "cpu"
     dtype: str = "auto"
     chunk: int = 8
+    offload: bool = False
     every: int = 25
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}; one of {', '.join(DTYPES)} is wanted")
-        if self.chunk < 1 or self.every < 1:
-            raise ValueError(f"chunk {self.chunk} and every {self.every}; at least 1 is wanted")
+        if self.chunk < 0 or self.every < 1:
+            raise ValueError(f"chunk {self.chunk} and every {self.every}; at least 0 and 1 are wanted")
 
 
 @dataclass(frozen=True)
@@ -202,11 +206,7 @@ def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
     Raises:
         ValueError: an unknown kind, fields it does not take, or a y that does not fit it.
     """
-    kind = find("operators", scan.kind)
-    try:
-        operator = kind(**scan.fields)
-    except TypeError as error:
-        raise ValueError(f"operator {scan.kind!r} cannot be made from its fields: {error}") from error
+    operator = built(scan.kind, scan.fields)
     if tuple(scan.y.shape) != tuple(operator.range.shape):
         raise ValueError(
             f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {tuple(operator.range.shape)}"
@@ -217,63 +217,68 @@ def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
 
 
 def prior_of(name: str, run: RunConfig) -> tuple[Prior, str]:
-    """The prior on its device, and the hash of its weights ("" for none)."""
+    """The prior on its device, in chunks if ``run`` says of how many, and the hash of its weights ("" for none)."""
     if name == "none":
         return NoPrior(), ""
     device = device_of(run.device)
     network: NetworkPrior = load(name).to(device, dtype_of(run.dtype, device))
-    return Chunked(network, run.chunk), network.sha256 or ""
+    prior: Prior = Offloaded(network, device) if run.offload else network
+    return Chunked(prior, run.chunk) if run.chunk else prior, network.sha256 or ""
 
 
-def dtype_of(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of a network's arithmetic, None for float32; ``auto`` is bfloat16 where it is native.
+def within_memory(scan: Measurements, job: Job, plain: Prior) -> tuple[Prior, Budget, list[str]]:
+    """The job's whole prior in chunks that fit, what the run will take, and what is to be noted of that.
 
-    Raises:
-        ValueError: another name.
-    """
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r}; one of {', '.join(DTYPES)} is wanted")
-    return fast_dtype(device) if name == "auto" else None if name == "float32" else DTYPES[name]
-
-
-def device_of(name: str) -> torch.device:
-    """The torch device of that name.
+    Args:
+        scan: of the job.
+        job: what is to be run.
+        plain: of ``prior_of``.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: a run that does not fit into the free memory.
     """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from error
+    run, device, home = job.run, device_of(job.run.device), home_of(job.run)
+    bare = plain.prior if isinstance(plain, Chunked) else plain
+    work = Work(job.sampler, job.averaged.wrapped, job.gather, job.split)
+    budget = budget_of(scan, work, bare, run.chunk, device, home)
+    note = check(budget, device, home)
+    if not run.chunk and not isinstance(bare, NoPrior):
+        chunk = largest_chunk(bare, budget.chunk, tuple(scan.fields["shape"])[1:], home)
+        plain, budget = Chunked(bare, chunk), replace(budget, chunk=chunk)
+    return job.averaged.wrapped(plain), budget, [note] if note else []
+
+
+def home_of(run: RunConfig) -> torch.device:
+    """Where the volume, the measurements and the sampler's state are."""
+    return torch.device("cpu") if run.offload else device_of(run.device)
 
 
 def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     """Carry out a job: writes the volume, ``.json`` (record), ``.png`` (panel) and maps beside it; returns the record.
 
     While it runs ``<out>.checkpoint`` is kept up to date; an interrupt leaves it, and ``resume`` goes on from it
-    bit-identically.
+    bit-identically, from ``<out>.checkpoint.previous`` where the last one is torn.
 
     Raises:
         ValueError: input that does not fit; nothing is written then.
         DivergedError: NaN or a growing residual.
     """
     check_writable(job.out, map_names(job.gather, job.split))
-    scan = _scan_of(job)
-    empty = as_volume(scan, torch.zeros(tuple(scan.fields["shape"])))
-    truth = None if job.truth is None else matched_truth(empty, job.truth)
-    operator, y, sigma_y = operator_of(scan)
+    return_what_is_freed()
+    scan = scan_of(job)
+    grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])))
+    truth = None if job.truth is None else matched_truth(grid, job.truth)
     plain, weights = prior_of(job.prior, job.run)
-    prior = job.averaged.wrapped(plain)
-    y = y.to(device_of(job.run.device))
+    prior, budget, fitted = within_memory(scan, job, plain)
+    operator, y, sigma_y = operator_of(scan)
     mu_water = scan.mu_water or MU_WATER
-    prepared = prepare(y, operator, prior, sigma_y, KeyedNoise(job.run.seed), mu_water)
+    prepared = prepare(y.to(home_of(job.run)), operator, prior, sigma_y, KeyedNoise(job.run.seed), mu_water)
     changed = [repr(v) for v in (job.gather, job.averaged.flips, job.averaged.shifts) if v]
     key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed, *changed)
     path = checkpoint_path(job.out)
     began = time.monotonic()
-    result = _result(job, prepared, _loop(job, prepared, key, path, resume, progress))
-    parts = None
+    end, resumption = _loop(job, prepared, key, path, resume, progress)
+    result, parts = _result(job, prepared, end), None
     if job.split is not None:
         parts = measured_or_invented(result.x, operator, prior, sigma_y, job.split, mu_water=mu_water)
     seconds = time.monotonic() - began
@@ -284,16 +289,17 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         **tables,
         "config": job.document,
         "seconds": round(seconds, 2),
+        "chunk": budget.chunk,
         "fingerprint": key,
         "prior_sha256": weights,
         "scan_sha256": sha256_of([job.scan]),
         "source_sha256": scan.source_sha256,
-        "notes": notes_on(prior, volume) + notes,
+        "notes": [*fitted, *resumption, *notes_on(prior, volume), *notes],
         "versions": versions(),
         "not_for_diagnosis": True,
     }
     _write(job, scan, volume, maps_of(result, parts, volume.unit), truth, record)
-    path.unlink(missing_ok=True)
+    forget(path)
     return record
 
 
@@ -331,20 +337,25 @@ def notes_on(prior: Prior, volume: Volume) -> list[str]:
     return [f"the pixels are {pixel:.3g} mm; the prior was trained on {low:.3g} to {high:.3g} mm"]
 
 
-def _loop(job: Job, prepared: Prepared, key: str, path: Path, resume: bool, progress: Progress) -> Any:
+def _loop(
+    job: Job, prepared: Prepared, key: str, path: Path, resume: bool, progress: Progress
+) -> tuple[Any, list[str]]:
+    """The last state, and a list of what is to be noted of how the run went on."""
     problem, sampler, gather = prepared.problem, job.sampler, job.gather
-    state, steps = None, sampler.steps
+    state, steps, note = None, sampler.steps, ""
     if resume:
         kind = SeedsState if gather is not None else get_type_hints(type(sampler).init)["return"]
-        state = load_state(path, kind, key, problem.y.device)
+        state, note = resumed(path, kind, key, problem.y.device)
     if gather is None:
         states: Iterator[Any] = guarded(iterate(sampler, problem, state), sampler, problem)
     else:
         states, steps = over_seeds(sampler, problem, gather, state), steps * gather.count
-    return last(progress(checkpointed(states, path, key, job.run.every), steps, kind_of(sampler)))
+    kept = checkpointed(states, path, key, job.run.every)
+    return last(progress(kept, steps, kind_of(sampler))), [note] if note else []
 
 
-def _scan_of(job: Job) -> Measurements:
+def scan_of(job: Job) -> Measurements:
+    """The scan that a job names."""
     scans = [read_htc2022(job.scan)] if job.scan.suffix == ".mat" else read_measurements(job.scan)
     if not 0 <= job.index < len(scans):
         raise ValueError(f"{job.scan} holds {len(scans)} scans; index {job.index} is not among 0 to {len(scans) - 1}")
@@ -370,17 +381,17 @@ def _picture(job: Job, scan: Measurements, volume: Volume, truth: Volume | None)
 
 def baseline_slice(scan: Measurements, sampler: Any, index: int) -> Tensor:
     """One slice (h w) in HU by a prior-free baseline, on the CPU."""
-    operator, y, sigma_y = operator_of(one_slice(scan, index))
+    operator, y, sigma_y = operator_of(some_slices(scan, index))
     return reconstruct(y, operator, NoPrior(), sampler, sigma_y, mu_water=scan.mu_water or MU_WATER).x[0, 0]
 
 
-def one_slice(scan: Measurements, index: int) -> Measurements:
-    """The scan of a single slice."""
-    rows = slice(index, index + 1)
+def some_slices(scan: Measurements, index: int, count: int = 1) -> Measurements:
+    """The scan of ``count`` slices from ``index`` on."""
+    rows = slice(index, index + count)
     weights = scan.sqrt_w if scan.sqrt_w is None or scan.sqrt_w.shape[0] == 1 else scan.sqrt_w[rows]
     affine = scan.affine.copy()
     affine[:, 3] += index * affine[:, 2]
-    fields = {**scan.fields, "shape": (1, *tuple(scan.fields["shape"])[1:])}
+    fields = {**scan.fields, "shape": (count, *tuple(scan.fields["shape"])[1:])}
     return replace(scan, y=scan.y[rows], sqrt_w=weights, fields=fields, affine=affine)
 
 

@@ -22,7 +22,7 @@ from invdiff.pipelines.reconstruct import (
     Progress,
     RunConfig,
     check_tables,
-    device_of,
+    home_of,
     kind_of,
     prior_of,
 )
@@ -157,7 +157,7 @@ def run(job: Sampling, progress: Progress) -> dict[str, Any]:
         (job.images.count, prior.channels, *job.images.pixels),
         job.solver,
         job.run.seed,
-        device=device_of(job.run.device),
+        device=home_of(job.run),
         progress=lambda states: progress(states, job.solver.steps, kind),
     )
     record = {

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from invdiff.files import read_torch, whole_file
-from invdiff.pipelines.reconstruct import device_of, dtype_of
+from invdiff.pipelines.devices import device_of, dtype_of
 from invdiff.pipelines.training_data import read_training
 from invdiff.pipelines.training_plan import Plan, plan_of
 from invdiff.pipelines.training_report import dreams, plot

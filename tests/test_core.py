@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from invdiff.config import build, find, parse_override, with_overrides
-from invdiff.linalg import cg, difference, difference_adjoint, power_norm, shrink
+from invdiff.linalg import (
+    BLOCK,
+    cg,
+    difference,
+    difference_adjoint,
+    haar,
+    haar_adjoint,
+    inner,
+    plus_roughness,
+    power_norm,
+    shrink,
+)
 from invdiff.metrics import compare, nmse, psnr
 from invdiff.noise import geometric, karras
 from invdiff.priors import GaussianPrior, NoPrior
@@ -53,6 +64,52 @@ def test_cg_beyond_convergence_and_on_a_singular_system_stays_put() -> None:
     few, many = (cg(lambda v: (a.T @ (a @ v.T)).T, b[None], iterations=k) for k in (10, 500))
     torch.testing.assert_close(few, many, atol=1e-4, rtol=1e-4)
     assert torch.equal(cg(lambda v: v, torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_cg_leaves_what_it_is_given_and_gradients_change_nothing(joint: bool) -> None:
+    """Without gradients it works in place, on its own tensors alone; more slices than are summed at once."""
+    g = torch.Generator().manual_seed(3)
+    m = torch.randn(5, 5, generator=g)
+    m = m @ m.T + torch.eye(5)
+    b, start = torch.randn(BLOCK + 3, 5, generator=g), torch.randn(BLOCK + 3, 5, generator=g)
+    kept, begun = b.clone(), start.clone()
+    for x0 in (None, start):
+        with torch.no_grad():
+            x = cg(lambda v: v @ m, b, x0, iterations=4, joint=joint)
+            torch.testing.assert_close(cg(lambda v: v, b, x0, iterations=2, joint=joint), b)
+        assert torch.equal(b, kept) and torch.equal(start, begun)
+        torch.testing.assert_close(cg(lambda v: v @ m, b, x0, iterations=4, joint=joint), x)
+    each = (b * start).sum(1, keepdim=True)
+    torch.testing.assert_close(inner(b, start, joint), each.sum(0, keepdim=True) if joint else each)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_roughness_is_the_difference_and_its_adjoint(dim: int) -> None:
+    x, v = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(4))
+    wanted = x + 0.7 * difference_adjoint(difference(v, dim), dim)
+    torch.testing.assert_close(plus_roughness(x.clone(), v, 0.7, dim), wanted)
+    assert torch.equal(plus_roughness(x[:1].clone(), v[:1], 0.7, 0), x[:1])
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 5, 8, 13])
+def test_haar_is_orthonormal_but_for_the_mean(slices: int) -> None:
+    g = torch.Generator().manual_seed(6)
+    x, v = torch.randn(2, 4, slices, 3, dtype=torch.float64, generator=g)
+    details = haar(x, 1)
+    left, right = (details * v).sum(), (x * haar_adjoint(v, 1)).sum()
+    torch.testing.assert_close(left, right, rtol=1e-13, atol=1e-13)
+    lost = x - haar_adjoint(details, 1)  # one direction of all slices
+    assert torch.linalg.matrix_rank(lost.movedim(1, 0).flatten(1)) == 1
+    torch.testing.assert_close(details.square().sum() + lost.square().sum(), x.square().sum())
+    if slices in (2, 8):
+        torch.testing.assert_close(lost, x.mean(1, keepdim=True).expand_as(x))
+        assert float(haar(torch.full((4, slices, 3), 2.5), 1).abs().max()) == 0
+
+
+def test_haar_of_a_step_is_one_detail() -> None:
+    x = torch.cat([torch.zeros(4, 1), torch.ones(4, 1)])
+    assert (haar(x, 0).abs() > 1e-6).sum() == 1 and float(haar(x, 0)[1]) == pytest.approx(-(2**0.5))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
@@ -210,7 +267,7 @@ def test_checkpoint_resumes_bit_equal_and_another_run_is_refused(world: Any, tmp
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"not what torch.save writes"):
         load_state(path, DDSState, key)
-    assert [p.name for p in tmp_path.iterdir()] == ["run.checkpoint"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.checkpoint", "run.checkpoint.previous"]
 
 
 def test_fingerprint_sees_every_value() -> None:

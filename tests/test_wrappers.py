@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from invdiff.priors import Averaged, Chunked, Compiled, GaussianPrior, NoPrior, Precision, Superposed, load
+from invdiff.priors import Averaged, Chunked, Compiled, GaussianPrior, NoPrior, Offloaded, Precision, Superposed, load
 from invdiff.priors.density import log_density
 
 SIGMAS = torch.tensor([0.05, 0.4, 3.0])
@@ -40,6 +40,27 @@ def test_chunks_make_the_whole(size: int) -> None:
     assert torch.equal(Chunked(prior, size).denoise(x, sigma), prior.denoise(x, sigma))
     with pytest.raises(ValueError, match="at least 1 slice"):
         Chunked(prior, 0)
+
+
+def test_offloaded_moves_chunks_there_and_back() -> None:
+    """The device is "meta" here, which holds no numbers: the shapes and devices of what is moved are what is seen."""
+    seen: list[tuple[str, str, int]] = []
+
+    class There:
+        channels, info = 1, "what it was trained on"
+
+        def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+            seen.append((x.device.type, sigma.device.type, len(x)))
+            return torch.full(x.shape, 0.5)
+
+    prior = Chunked(Offloaded(There(), "meta"), 2)
+    out = prior.denoise(torch.zeros(5, 1, 3, 4), torch.tensor(0.1))
+    assert seen == [("meta", "meta", 2), ("meta", "meta", 2), ("meta", "meta", 1)]
+    assert out.device.type == "cpu" and prior.info == There.info
+    same = GaussianPrior.smooth((1, 4, 5), 1.0, 0.5)
+    x = noisy((3, 1, 4, 5)).requires_grad_()
+    assert torch.equal(Offloaded(same, "cpu").denoise(x, SIGMAS[0]), same.denoise(x, SIGMAS[0]))
+    assert torch.autograd.grad(Offloaded(same, "cpu").denoise(x, SIGMAS[0]).sum(), x)[0].abs().max() > 0
 
 
 class Erring:

@@ -8,7 +8,7 @@ from invdiff.priors.model import NetworkPrior, PriorInfo, load, shipped
 from invdiff.priors.parameterisation import EDM, Predicts
 from invdiff.priors.schedules import Continuous, Discrete, Flow, VarianceExploding
 from invdiff.priors.state_dict import state_dict_of
-from invdiff.priors.wrappers import Averaged, Chunked, Compiled, Precision, Superposed
+from invdiff.priors.wrappers import Averaged, Chunked, Compiled, Offloaded, Precision, Superposed
 
 __all__ = [
     "EDM",
@@ -24,6 +24,7 @@ __all__ = [
     "GaussianPrior",
     "NetworkPrior",
     "NoPrior",
+    "Offloaded",
     "Precision",
     "Predicts",
     "PriorInfo",

@@ -47,6 +47,26 @@ class Chunked(_Wrapper):
         return torch.cat([self.prior.denoise(part, s) for part, s in pairs])
 
 
+class Offloaded(_Wrapper):
+    """The same prior on another device than the images: they are moved there and the answer back.
+
+    In ``Chunked(Offloaded(prior, device), n)`` the volume, the measurements and the sampler's state stay in host memory
+    and n slices at a time are on the device. Each call waits for both copies.
+
+    Args:
+        prior: a Prior whose network is on ``device``.
+        device: such as ``cuda``.
+    """
+
+    def __init__(self, prior: Prior, device: torch.device | str) -> None:
+        super().__init__(prior)
+        self.device = torch.device(device)
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """As the prior's: x (s c h w) anywhere, sigma () or (s) -> (s c h w) where x is."""
+        return self.prior.denoise(x.to(self.device), sigma.to(self.device)).to(x.device)
+
+
 class Averaged(_Wrapper):
     """The mean of what the prior says of flipped and shifted copies of the image: self-ensemble (Timofte et al. 2016).
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, difference, difference_adjoint, shrink
+from invdiff.linalg import cg, difference, difference_adjoint, haar, haar_adjoint, plus_roughness, shrink
 from invdiff.protocols import Problem
 
 SLICES = 0  # the axis along which the z-term couples
+COUPLINGS = {"tv": (difference, difference_adjoint), "haar": (haar, haar_adjoint)}  # what is sparse, and its adjoint
 MOST = 100  # CG iterations where the operator's own solve is asked for and mu is 0, which it does not take
 
 
@@ -25,7 +26,8 @@ def correction(A: Any, rhs: Tensor, mu: float | Tensor, cg_steps: int) -> Tensor
     """
     if cg_steps == 0 and not isinstance(mu, Tensor) and mu > 0:
         return A.solve(rhs, mu)
-    return cg(lambda v: A.normal(v) + mu * v, rhs, None, cg_steps or MOST, 10 * torch.finfo(rhs.dtype).eps)
+    tolerance, weight = 10 * torch.finfo(rhs.dtype).eps, torch.as_tensor(mu, dtype=rhs.dtype, device=rhs.device)
+    return cg(lambda v: torch.addcmul(A.normal(v), weight, v), rhs, None, cg_steps or MOST, tolerance)
 
 
 def nearest(A: Any, y: Tensor, x: Tensor, mu: float | Tensor, cg_steps: int) -> Tensor:
@@ -64,8 +66,23 @@ def gaussian_draw(
     return nearest(problem.operator, y, moved, (sigma_y / deviation) ** 2, cg_steps)
 
 
+def check_coupling(owner: object, coupling: str) -> None:
+    """Refuse a name that is no coupling's."""
+    if coupling not in COUPLINGS:
+        raise ValueError(f"{type(owner).__name__}.coupling is {coupling!r}; one of {', '.join(COUPLINGS)} is wanted")
+
+
 def admm_sweep(
-    problem: Problem, x: Tensor, z: Tensor, u: Tensor, *, rho: float, lam: float, mu: float | Tensor, cg_steps: int
+    problem: Problem,
+    x: Tensor,
+    z: Tensor,
+    u: Tensor,
+    *,
+    rho: float,
+    lam: float,
+    mu: float | Tensor,
+    cg_steps: int,
+    coupling: str = "tv",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One ADMM sweep on ||A v - y||^2 / 2 + lam ||D_z v||_1 + mu/2 ||v - x||^2, from x (methods: DiffusionMBIR, DDS).
 
@@ -75,21 +92,28 @@ def admm_sweep(
         z: split D_z x, same shape.
         u: its scaled dual, same shape.
         rho: penalty, greater than 0.
-        lam: weight of the TV across slices.
+        lam: weight of the term across slices.
         mu: weight of the anchor, one for all or (s 1 1 1); 0 has none.
         cg_steps: CG iterations, with one step length for all slices, which D_z couples.
+        coupling: what D_z is: ``tv`` differences of neighbours, ``haar`` the details of a Haar transform.
 
     Returns:
         The new x, z and u.
     """
-    A = problem.operator
+    A, (across, back) = problem.operator, COUPLINGS[coupling]
+    weight = torch.as_tensor(mu, dtype=x.dtype, device=x.device)
 
     def normal(v: Tensor) -> Tensor:
-        out = A.normal(v) + rho * difference_adjoint(difference(v, SLICES), SLICES)
-        return out + mu * v
+        out = torch.addcmul(A.normal(v), weight, v)
+        if coupling == "tv":
+            return plus_roughness(out, v, rho, SLICES)
+        return out.add_(back(across(v, SLICES), SLICES), alpha=rho)
 
-    rhs = A.adjoint(problem.y) + rho * difference_adjoint(z - u, SLICES) + mu * x
-    x = cg(normal, rhs, x, cg_steps, joint=True)
-    d = difference(x, SLICES)
-    z = shrink(d + u, lam / rho)
-    return x, z, u + d - z
+    def rhs() -> Tensor:
+        out = torch.addcmul(A.adjoint(problem.y), weight, x)
+        return out.add_(back(z - u, SLICES), alpha=rho)
+
+    new = cg(normal, rhs(), x, cg_steps, joint=True)
+    split = across(new, SLICES).add_(u)
+    z = shrink(split, lam / rho)
+    return new, z, split - z

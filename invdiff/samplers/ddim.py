@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from invdiff.protocols import Problem
@@ -23,8 +24,8 @@ def ddim_move(x0: Tensor, x_t: Tensor, denoised: Tensor, s: float, s_next: float
         eta: share of fresh noise: 0 is deterministic, 1 all fresh.
         noise: N(0, I), the shape of x0.
     """
-    n = (x_t - denoised) / s
-    return x0 + s_next * (eta * noise + (1 - eta**2) ** 0.5 * n)
+    x = torch.add(x0, x_t - denoised, alpha=(1 - eta**2) ** 0.5 * s_next / s)
+    return torch.add(x, noise, alpha=eta * s_next)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from invdiff.noise import karras
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear, within
-from invdiff.samplers.consistency import admm_sweep, nearest
+from invdiff.samplers.consistency import admm_sweep, check_coupling, nearest
 from invdiff.samplers.discrepancy import first_rule, next_rule, weight_of
 from invdiff.samplers.moves import advance, check_move, levels_of, no_past
 from invdiff.samplers.solver import denoised, start
@@ -42,8 +42,9 @@ class DDS:
     rule (see ``invdiff.samplers.discrepancy``). With ``anchor`` 0 stopping early is all that holds x near D, as
     published for noiseless data.
 
-    Not for a calibrated posterior: it is a sampler in form, but its spread is not the posterior's. Not for
-    non-linear operators.
+    Not for a calibrated posterior: it is a sampler in form, but its spread is not the posterior's. Not with ``lam``
+    where data have no noise and slices differ: even a perfect denoiser's image is then smoothed across slices, where
+    with ``lam`` 0 it comes back whole. Not for non-linear operators.
 
     Args:
         steps: denoiser evaluations.
@@ -52,6 +53,8 @@ class DDS:
         cg_steps: CG steps of each consistency, published 5; weighted CT data want more.
         rho: ADMM penalty of the z-term for ||A|| = 1 (published 10 for an operator of squared norm 390).
         lam: weight of ||D_z x||_1 for [-1, 1] images and ||A|| = 1; 0 leaves slices uncoupled. Published 2e-4.
+        coupling: what D_z x is, sparse across slices: ``tv`` (as published) the differences of neighbours, ``haar`` the
+            details of an orthonormal Haar transform, at all levels: neighbours are not all alike to it, pairs may show.
         anchor: weight of the denoised image: about one over its squared error in prior units, as RED-Diff's lam; None
             finds it.
         sigma_floor: smallest sigma_y assumed, prior units with ||A|| = 1: no model of a scanner is exact.
@@ -70,6 +73,7 @@ class DDS:
     cg_steps: int = 15
     rho: float = 0.025
     lam: float = 5e-5
+    coupling: str = "tv"
     anchor: float | None = None
     sigma_floor: float = 1e-3
     move: str = "ddim"
@@ -79,6 +83,7 @@ class DDS:
 
     def __post_init__(self) -> None:
         check_move(self, self.move)
+        check_coupling(self, self.coupling)
         at_least(self, steps=1, cg_steps=1, rho=0, lam=0, sigma_floor=0)
         if self.anchor is not None:
             at_least(self, anchor=0)
@@ -106,7 +111,8 @@ class DDS:
         variance = self._variance(problem)
         mu = weight_of(rule, D) if self.anchor is None else self.anchor * variance
         if self.lam > 0:
-            x, z, u = admm_sweep(problem, D, z, u, rho=self.rho, lam=self.lam, mu=mu, cg_steps=self.cg_steps)
+            how: Any = {"rho": self.rho, "lam": self.lam, "cg_steps": self.cg_steps, "coupling": self.coupling}
+            x, z, u = admm_sweep(problem, D, z, u, mu=mu, **how)
         else:
             x = nearest(problem.operator, problem.y, D, mu, self.cg_steps)
         levels = levels_of(self.move, self.sigma, i)

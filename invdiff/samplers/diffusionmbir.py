@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from invdiff.linalg import inner
 from invdiff.noise import geometric
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, linear
-from invdiff.samplers.consistency import admm_sweep
+from invdiff.samplers.consistency import admm_sweep, check_coupling
 from invdiff.samplers.solver import denoised, reverse_diffusion, start
+
+NORM_SQUARED = 1.0  # ||A||^2: no step of SIRT is longer than 1 over it, or entries of both signs would make it diverge
 
 
 class MBIRState(NamedTuple):
@@ -44,7 +46,8 @@ class DiffusionMBIR:
         rho: ADMM penalty for ||A|| = 1 (published 10 for an operator of squared norm 390). Above about 0.1 the
             highest frequencies in z freeze and the run diverges.
         lam: weight of ||D_z x||_1 for [-1, 1] images and ||A|| = 1; lam / rho is the threshold. Published 2e-4.
-        final: end with one SIRT step, as published for CT.
+        coupling: what of x is sparse across slices: ``tv`` as published, or ``haar``; see ``DDS``.
+        final: end with one SIRT step, as published for CT; nowhere longer than 1 / ||A||^2, for entries of both signs.
         sigma_max: first noise level. Published 378.
         sigma_min: last one above 0. Published 0.01.
     """
@@ -55,11 +58,13 @@ class DiffusionMBIR:
     snr: float = 0.16
     rho: float = 0.025
     lam: float = 2e-4
+    coupling: str = "tv"
     final: bool = True
     sigma_max: float = 378.0
     sigma_min: float = 0.01
 
     def __post_init__(self) -> None:
+        check_coupling(self, self.coupling)
         at_least(self, steps=1, snr=0, rho=1e-12, lam=0)
         geometric(self.steps, self.sigma_max, self.sigma_min)
 
@@ -81,12 +86,13 @@ class DiffusionMBIR:
         x = reverse_diffusion(x, clean, s, s_next, problem.noise(i, x))
         if s_next > 0:
             x, clean = self._correct(problem, x, s_next, i)
-        x, z, u = admm_sweep(problem, x, z, u, rho=self.rho, lam=self.lam, mu=0.0, cg_steps=1)
+        how: Any = {"rho": self.rho, "lam": self.lam, "coupling": self.coupling}
+        x, z, u = admm_sweep(problem, x, z, u, mu=0.0, cg_steps=1, **how)
         last = i + 1 == self.steps
         if last and self.final:
-            ones = torch.ones_like(x)
             A = problem.operator
-            x = x + A.adjoint(problem.y - A.forward(x)) / A.normal(ones).clamp_min(1e-6)
+            weights = A.normal(torch.ones_like(x)).clamp_min(NORM_SQUARED)
+            x = x + A.adjoint(problem.y - A.forward(x)) / weights
         return MBIRState(i + 1, x if last else clean, x, z, u)
 
     def _correct(self, problem: Problem, x: Tensor, s: float, i: int) -> tuple[Tensor, Tensor]:

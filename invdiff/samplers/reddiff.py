@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, difference, difference_adjoint
+from invdiff.linalg import cg, difference, difference_adjoint, plus_roughness
 from invdiff.noise import KeyedNoise, geometric
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear
@@ -147,8 +147,8 @@ class REDDiff:
         curvature = max(problem.sigma_y, self.sigma_floor) ** 2 * self.z_lam / self.z_width
 
         def normal(v: Tensor) -> Tensor:
-            out = A.normal(v) + weight * v
-            return out + curvature * difference_adjoint(difference(v, SLICES), SLICES) if curvature else out
+            out = torch.addcmul(A.normal(v), weight, v)
+            return plus_roughness(out, v, curvature, SLICES) if curvature else out
 
         return cg(normal, g, None, self.newton_steps, joint=bool(curvature))
 

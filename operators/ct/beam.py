@@ -14,7 +14,9 @@ from invdiff.operators.ct.joseph import MatchedProduct, Rays, Rows, footprints, 
 from invdiff.operators.linear import LinearOperatorBase, as_dtype, dtype_name
 from invdiff.protocols import Space
 
-CHUNK_ENTRIES = 2**22  # footprint entries computed at once, about 60 bytes each meanwhile
+MEMORY_MB = 2048.0  # of A and A^T together, at most, unless told
+CHUNK_ENTRIES = 2**22  # footprint entries computed at once
+ENTRY_BYTES = 60  # of each meanwhile, about
 SLICES_AT_ONCE = 32, 64  # in A and in A^T: fastest of 16, 32, 64, 128 at 256^2 with 60 views and at 512^2 with 20
 FULL_TURN = 2 * math.pi
 
@@ -155,13 +157,25 @@ class BeamOperator(LinearOperatorBase):
         product: Tensor = MatchedProduct.apply(columns, self, transposed)
         return product.t().contiguous()
 
+    def matrix_bytes(self, memory_mb: float) -> int:
+        """What A and A^T take, estimated, built or not; 0 where that is beyond ``memory_mb``, so that none are kept."""
+        entries = self._entries()
+        size = 2 * entries * (4 + self.domain.dtype.itemsize)
+        return int(size) if size <= memory_mb * 2**20 and entries < 2**31 else 0
+
+    def footprint_bytes(self) -> int:
+        """What computing rows of A takes meanwhile, estimated."""
+        h, w = self.domain.shape[2:]
+        return ENTRY_BYTES * min(CHUNK_ENTRIES, 2 * max(h, w) * self.detectors * self.angles.numel())
+
     def _fits(self) -> bool:
-        """Whether A and A^T fit into the budget and into 32-bit pointers, by an estimate of their entries."""
+        return self.matrix_bytes(self.memory_mb) > 0
+
+    def _entries(self) -> float:
+        """Entries of A, estimated."""
         h, w = self.domain.shape[2:]
         across = min(max(h, w) * self.detectors, h * w * self.pixel_mm / self.spacing_at_origin)
-        entries = 2 * across * self.angles.numel()
-        size = 2 * entries * (4 + self.domain.dtype.itemsize)
-        return size <= self.memory_mb * 2**20 and entries < 2**31
+        return 2 * across * self.angles.numel()
 
     def _chunks(self, device: torch.device) -> Iterator[Rows]:
         h, w = self.domain.shape[2:]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from invdiff.operators.ct.arc import arc_of
-from invdiff.operators.ct.beam import BeamOperator, check_positive, check_shape, half_diagonal
+from invdiff.operators.ct.beam import MEMORY_MB, BeamOperator, check_positive, check_shape, half_diagonal
 from invdiff.operators.ct.fbp import fbp
 from invdiff.operators.ct.joseph import Rays
 
@@ -45,7 +45,7 @@ class ParallelBeam(BeamOperator):
         detector_mm: float | None = None,
         detector_offset_mm: float = 0.0,
         multi_turn: bool = False,
-        memory_mb: float = 2048.0,
+        memory_mb: float = MEMORY_MB,
         dtype: torch.dtype | str = torch.float32,
     ) -> None:
         size = check_shape(shape)
