@@ -189,15 +189,15 @@ def upright(kspace: KSpace) -> KSpace:
     directions = affine[:3, :2] / (affine[:3, :2] ** 2).sum(0) ** 0.5
     straight = abs(directions[column, 0]) + abs(directions[row, 1])
     crossed = abs(directions[column, 1]) + abs(directions[row, 0])
-    result = _exchanged(kspace) if crossed > straight else kspace
+    result = exchanged(kspace) if crossed > straight else kspace
     for axis, world in ((1, column), (0, row)):
         if result.affine[:3, 1 - axis] @ _IN_PLANE[world] < 0:
             result = _reversed(result, axis)
     return result
 
 
-def _exchanged(kspace: KSpace) -> KSpace:
-    """Rows for columns."""
+def exchanged(kspace: KSpace) -> KSpace:
+    """Rows for columns, in the same place."""
     affine = kspace.affine[:, [1, 0, 2, 3]]
     turned = {
         name: None if value is None else value.transpose(-2, -1).contiguous()
@@ -280,6 +280,6 @@ def _check_grid(
         if count:
             first = torch.nonzero(missing)[0].tolist()
             raise ValueError(
-                f"{name}: {count} of {missing.numel()} {what} that count as sampled hold nothing but zeros, the first in "
-                f"slice {first[0]}, index {first[1]}: lines are missing"
+                f"{name}: {count} of {missing.numel()} {what} that count as sampled hold nothing but zeros, the first "
+                f"in slice {first[0]}, index {first[1]}: lines are missing"
             )

@@ -108,7 +108,9 @@ def assemble(
     where = next(line.place for line in chosen if line.slice == order[0])
     if size[2] > 1:
         return _slab(data, counts, acs, noise, pixel, recon, where, facts, name, len(order))
-    affine = _affine(where.centre, (where.read * pixel[0], where.phase * pixel[1], step), (size[0] // 2, size[1] // 2, 0))
+    affine = _affine(
+        where.centre, (where.read * pixel[0], where.phase * pixel[1], step), (size[0] // 2, size[1] // 2, 0)
+    )
     mask = torch.from_numpy(counts[:, 0] > 0)
     return KSpace(
         data=torch.from_numpy(data[:, :, 0]),
@@ -162,7 +164,10 @@ def _slab(
 
 
 def in_plane_affine(
-    lines: Sequence[Readout], pixel: tuple[float, float, float], middle_pixel: tuple[int, int], source: Mapping[str, Any]
+    lines: Sequence[Readout],
+    pixel: tuple[float, float, float],
+    middle_pixel: tuple[int, int],
+    source: Mapping[str, Any],
 ) -> tuple[Affine, list[int]]:
     """The affine of slices of lines, and the slices' numbers in the order of their positions.
 
