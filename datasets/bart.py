@@ -1,4 +1,4 @@
-"""BART's arrays: a text header ``name.hdr`` with up to 16 sizes and complex64 values ``name.cfl``, first axis fastest."""
+"""BART's arrays: a text header ``name.hdr`` with up to 16 sizes, complex64 values ``name.cfl``, first axis fastest."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def read_bart(
     What is zero in every coil counts as not sampled. Arrays hold no geometry.
 
     Args:
-        path: of the k-space; or a folder that holds one pair of files, or a pair of k-space and a pair of its trajectory.
-        trajectory: of non-Cartesian k-space (1, samples, spokes, coils, ...): (3, samples, spokes), cycles per field of view.
+        path: of the k-space; or a folder that holds its pair of files and, maybe, that of its trajectory.
+        trajectory: (3, samples, spokes), cycles per field of view; the k-space is then (1, samples, spokes, coils).
         shape: (h w) of the image of non-Cartesian k-space; None: twice the trajectory's largest value, rounded up.
         spacing_mm: between slices, rows and columns.
 

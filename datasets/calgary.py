@@ -22,10 +22,11 @@ def read_calgary_campinas(path: str | Path, measured: float = MEASURED) -> KSpac
     """Slices (s = x) of 2D k-space, rows ky and columns kz.
 
     The file holds (x, ky, kz, 2 coils), real and imaginary parts in turn, already transformed along x. The zero
-    frequency is in the middle (the challenge's masks are centred discs in the file's order), and the challenge takes the
-    magnitude of numpy's ``ifft2`` without shifts, which has the head in the middle too: so each sample gets the phase
-    that moves the image by half the field of view. The scanner filled the last 15 % of kz with zeros, which are not
-    exactly zero in the files. Nothing is known of the volume's place or orientation but that its voxels are 1 mm wide.
+    frequency is in the middle (the challenge's masks are centred discs in the file's order), and the challenge takes
+    the magnitude of numpy's ``ifft2`` without shifts, which has the head in the middle too: so each sample gets the
+    phase that moves the image by half the field of view. The scanner filled the last 15 % of kz with zeros, which are
+    not exactly zero in the files. Nothing is known of the volume's place or orientation but that its voxels are 1 mm
+    wide.
 
     Args:
         path: a file with the key kspace.

@@ -28,8 +28,10 @@ def read_ismrmrd(path: str | Path, frame: int = 0, dataset: str = "dataset") -> 
     """An ISMRMRD file: Cartesian 2D or 3D, or non-Cartesian 2D, with noise and calibration readouts.
 
     Rows are phase-encoded lines, columns the readout with its oversampling (``crop`` has the size without it). The
-    image's centre is the readouts' position, its axes their read_dir and phase_dir (LPS). 3D: see ``assemble``.
-    A trajectory is taken as cycles per pixel where it stays in [-0.5, 0.5], else as cycles per field of view.
+    image's centre is the readouts' position, its axes their read_dir and phase_dir (LPS); both reversed where the
+    vendor is Siemens, whose raw data run against the directions that converters copy (as in ``read_twix``, and in
+    SIRF). 3D: see ``assemble``. A trajectory is taken as cycles per pixel where it stays in [-0.5, 0.5], else as cycles
+    per field of view.
 
     Args:
         path: of the file.
@@ -80,7 +82,8 @@ def _kspace(records: NDArray[Any], header: MRDHeader, source: dict[str, Any], fr
     for bit in _SKIPPED:
         rest &= ~has(flags, bit)
     only = rest & has(flags, CALIBRATION) & ~has(flags, CALIBRATION_AND_IMAGING)
-    lines = [_readout(record) for record in records[rest & ~only]]
+    sign = -1.0 if "siemens" in str(source.get("vendor", "")).lower() else 1.0
+    lines = [_readout(record, sign) for record in records[rest & ~only]]
     if not lines:
         raise ValueError(f"none of its {len(records)} readouts is of an image")
     dwell = float(records[rest & ~only]["head"]["sample_time_us"][0])
@@ -98,7 +101,7 @@ def _kspace(records: NDArray[Any], header: MRDHeader, source: dict[str, Any], fr
         centres = (header.centres[0], header.centres[1] or 0)
     depth = z if any(line.partition for line in lines) else 1
     encoding = Encoding((x, y, depth), header.encoded_fov_mm, _recon(header), centres)
-    calibration = [_readout(record) for record in records[only]]
+    calibration = [_readout(record, sign) for record in records[only]]
     return assemble(lines, calibration, noise, encoding, source, frame)
 
 
@@ -134,7 +137,7 @@ def _samples(record: Any) -> NDArray[np.complex64]:
     return values.view(np.complex64).reshape(coils, n)
 
 
-def _readout(record: Any) -> Readout:
+def _readout(record: Any, sign: float) -> Readout:
     head = record["head"]
     idx = head["idx"]
     data = _samples(record)
@@ -152,11 +155,11 @@ def _readout(record: Any) -> Readout:
         int(idx["kspace_encode_step_2"]),
         centre,
         tuple(int(idx[k]) for k in ("contrast", "phase", "repetition", "set")),
-        _place(head),
+        _place(head, sign),
     )
 
 
-def _place(head: Any) -> Place:
+def _place(head: Any, sign: float) -> Place:
     """Files without directions (all zero) get those of an axial slice: columns to the left, rows to the back."""
     centre, *axes = (np.asarray(head[k], dtype=np.float64) for k in ("position", "read_dir", "phase_dir", "slice_dir"))
     lengths = [float(np.linalg.norm(axis)) for axis in axes]
@@ -164,7 +167,8 @@ def _place(head: Any) -> Place:
         return Place(centre, *np.eye(3))
     if min(lengths) < 0.5 or not np.isfinite(lengths).all():
         raise ValueError(f"its directions have lengths {lengths}; unit vectors are wanted")
-    return Place(centre, *(axis / length for axis, length in zip(axes, lengths, strict=True)))
+    read, phase, normal = (axis / length for axis, length in zip(axes, lengths, strict=True))
+    return Place(centre, sign * read, sign * phase, normal)
 
 
 def _trajectory(record: Any) -> NDArray[np.float32]:

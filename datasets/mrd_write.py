@@ -133,7 +133,7 @@ def _header(kspace: KSpace) -> str:
     field = facts.get("field_T")
     names = "".join(
         f"<{tag}>{escape(str(facts[key]))}</{tag}>"
-        for key, tag in (("vendor", "systemVendor"), ("scanner", "systemModel"), ("field_T", "systemFieldStrength_T"))
+        for key, tag in (("scanner", "systemModel"), ("field_T", "systemFieldStrength_T"))  # a vendor may turn axes
         if key in facts
     )
     timing = "".join(
