@@ -199,32 +199,28 @@ def upright(kspace: KSpace) -> KSpace:
 def exchanged(kspace: KSpace) -> KSpace:
     """Rows for columns, in the same place."""
     affine = kspace.affine[:, [1, 0, 2, 3]]
-    turned = {
-        name: None if value is None else value.transpose(-2, -1).contiguous()
-        for name, value in (("calibration", kspace.calibration), ("mask", kspace.mask))
-    }
     shape, crop = (None if pair is None else (pair[1], pair[0]) for pair in (kspace.shape, kspace.crop))
-    data = kspace.data if kspace.mask is None else kspace.data.transpose(-2, -1).contiguous()
-    trajectory = None if kspace.trajectory is None else kspace.trajectory.flip(-1)
-    return replace(kspace, data=data, affine=affine, trajectory=trajectory, shape=shape, crop=crop, **turned)
+    calibration = None if kspace.calibration is None else kspace.calibration.transpose(-2, -1).contiguous()
+    if kspace.mask is None:
+        track = None if kspace.trajectory is None else kspace.trajectory.flip(-1)
+        return replace(kspace, affine=affine, trajectory=track, shape=shape, calibration=calibration)
+    data, mask = kspace.data.transpose(-2, -1).contiguous(), kspace.mask.transpose(-2, -1).contiguous()
+    return replace(kspace, data=data, mask=mask, affine=affine, calibration=calibration, crop=crop)
 
 
 def _reversed(kspace: KSpace, axis: int) -> KSpace:
     """One axis (0 rows, 1 columns) about index n // 2."""
-    n = kspace.image_shape[axis]
     affine = kspace.affine.copy()
-    affine[:3, 3] += 2 * (n // 2) * affine[:3, 1 - axis]
+    affine[:3, 3] += 2 * (kspace.image_shape[axis] // 2) * affine[:3, 1 - axis]
     affine[:3, 1 - axis] *= -1
-    turned = {
-        name: None if value is None else _about_middle(value, axis - 2)
-        for name, value in (("calibration", kspace.calibration), ("mask", kspace.mask))
-    }
-    data = kspace.data if kspace.mask is None else _about_middle(kspace.data, axis - 2)
-    trajectory = kspace.trajectory
-    if trajectory is not None:
-        sign = torch.tensor([-1.0, 1.0] if axis == 0 else [1.0, -1.0], dtype=trajectory.dtype)
-        trajectory = trajectory * sign
-    return replace(kspace, data=data, affine=affine, trajectory=trajectory, **turned)
+    calibration = None if kspace.calibration is None else _about_middle(kspace.calibration, axis - 2)
+    if kspace.mask is None:
+        track = kspace.trajectory
+        if track is not None:
+            track = track * torch.tensor([-1.0, 1.0] if axis == 0 else [1.0, -1.0], dtype=track.dtype)
+        return replace(kspace, affine=affine, trajectory=track, calibration=calibration)
+    data, mask = _about_middle(kspace.data, axis - 2), _about_middle(kspace.mask, axis - 2)
+    return replace(kspace, data=data, mask=mask, affine=affine, calibration=calibration)
 
 
 def _about_middle(data: Tensor, dim: int) -> Tensor:

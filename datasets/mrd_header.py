@@ -44,7 +44,8 @@ def parse_header(text: str | bytes) -> MRDHeader:
     limits = [_limits(encoding, f"kspace_encoding_step_{n}") for n in (1, 2)]
     kind = _text(encoding, "trajectory") or "cartesian"
     centres = (limits[0][0], limits[1][0])
-    return MRDHeader(*encoded, *(recon or (None, None)), centres, limits[0][1], kind, _facts(root))
+    size, fov_mm = recon or (None, None)
+    return MRDHeader(encoded[0], encoded[1], size, fov_mm, centres, limits[0][1], kind, _facts(root))
 
 
 def _facts(root: ET.Element) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def write_ismrmrd(path: str | Path, kspace: KSpace) -> None:
         if not _full_lines(kspace.mask, -2):
             raise ValueError(f"{kspace.name}: a mask with gaps along rows and columns cannot be written as readouts")
         kspace = exchanged(kspace)
-    if max(kspace.data.shape) > _LARGEST:
+    if kspace.mask is not None and max(kspace.data.shape) > _LARGEST:
         raise ValueError(
             f"{kspace.name}: k-space of {tuple(kspace.data.shape)}; ISMRMRD holds at most {_LARGEST} a line"
         )
@@ -73,22 +73,22 @@ def _records(kspace: KSpace, dtype: Any) -> NDArray[Any]:
         if kspace.calibration is not None:
             acs = kspace.calibration[s].to(torch.complex64).cpu().numpy()
             shift = kspace.image_shape[0] // 2 - acs.shape[1] // 2
-            centre = acs.shape[2] // 2
-            for j in range(acs.shape[1]):
-                rows.append((acs[:, j], None, {"flag": CALIBRATION, "slice": s, "line": j + shift, "centre": centre}))
+            if shift < 0:
+                raise ValueError(f"{kspace.name}: the calibration scan has more lines than k-space; fewer are wanted")
+            fixed = {"flag": CALIBRATION, "slice": s, "centre": acs.shape[2] // 2}
+            rows += [(acs[:, j], None, {**fixed, "line": j + shift}) for j in range(acs.shape[1])]
         data = kspace.data[s].cpu().numpy()
         if kspace.trajectory is not None:
-            points = kspace.trajectory if kspace.trajectory.ndim == 2 else kspace.trajectory[s]
-            rows.append((data, points.flip(-1).to(torch.float32).cpu().numpy(), {"slice": s}))
-            continue
-        assert kspace.mask is not None  # one of the two is there
-        mask = kspace.mask if kspace.mask.ndim == 2 else kspace.mask[s]
-        for j in torch.nonzero(mask.any(-1))[:, 0].tolist():
-            rows.append((data[:, j], None, {"slice": s, "line": j, "centre": data.shape[2] // 2}))
+            track = kspace.trajectory if kspace.trajectory.ndim == 2 else kspace.trajectory[s]
+            points = track.flip(-1).to(torch.float32).cpu().numpy()
+            parts = range(0, len(points), _LARGEST)
+            rows += [(data[:, n : n + _LARGEST], points[n : n + _LARGEST], {"slice": s}) for n in parts]
+        elif kspace.mask is not None:
+            mask = kspace.mask if kspace.mask.ndim == 2 else kspace.mask[s]
+            for j in torch.nonzero(mask.any(-1))[:, 0].tolist():
+                rows.append((data[:, j], None, {"slice": s, "line": j, "centre": data.shape[2] // 2}))
     records = np.zeros(len(rows), dtype=dtype)
     for n, (samples, points, counters) in enumerate(rows):
-        if counters.get("line", 0) < 0:
-            raise ValueError(f"{kspace.name}: the calibration scan has more lines than k-space; fewer are wanted")
         _fill(records[n : n + 1], samples, points, counters, kspace, n)
     records["head"]["available_channels"] = coils
     records["head"]["flags"][-1] |= np.uint64(1 << (LAST - 1))

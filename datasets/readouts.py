@@ -93,14 +93,7 @@ def assemble(
     order, step = _slices(name, chosen, encoding.fov_mm[2])
     size = _needed(chosen, encoding.centres, encoding.matrix)
     data, counts = _grid(chosen, order, size, encoding.centres)
-    acs = None
-    if calibration:
-        missing = set(order) - {line.slice for line in calibration}
-        if missing:
-            raise ValueError(f"{name}: the calibration scan lacks {len(missing)} of {len(order)} slices")
-        first = min(line.frame for line in calibration)
-        used = [line for line in calibration if line.frame == first]
-        acs = _grid(used, order, _needed(used, encoding.centres, (1, 1, 1)), encoding.centres)[0]
+    acs = _calibration(name, calibration, order, encoding) if calibration else None
     facts = {**source, "frames": len(frames), "averages": int(counts.max())}
     # pixels of the encoded field of view; more samples than the header says mean smaller pixels, not a larger view
     pixel = np.array(encoding.fov_mm) / size
@@ -121,6 +114,16 @@ def assemble(
         crop=None if recon is None else (recon[1], recon[0]),
         source=facts,
     )
+
+
+def _calibration(name: str, lines: Sequence[Readout], order: list[int], encoding: Encoding) -> NDArray[np.complex64]:
+    """The first frame of a separate calibration scan on the smallest grid that holds it."""
+    missing = set(order) - {line.slice for line in lines}
+    if missing:
+        raise ValueError(f"{name}: the calibration scan lacks {len(missing)} of {len(order)} slices")
+    first = min(line.frame for line in lines)
+    used = [line for line in lines if line.frame == first]
+    return _grid(used, order, _needed(used, encoding.centres, (1, 1, 1)), encoding.centres)[0]
 
 
 def _slab(

@@ -49,7 +49,8 @@ def read_twix(path: str | Path, frame: int = 0) -> KSpace:
     _check_whole(path)
     scans = _load(path)
     scan = scans[-1]
-    image, reference = [], []
+    image: list[Any] = []
+    reference: list[Any] = []
     for block in scan["mdb"]:
         if block.is_flag_set("PHASCOR"):
             raise ValueError(f"{path.name}: echo-planar lines need a phase correction, which is not done here")
@@ -232,15 +233,16 @@ def _facts(header: Any) -> dict[str, Any]:
         value = _get(header, path, None)
         if isinstance(value, str) and value:
             facts[key] = value
-    for key, path, scale in (
+    numbers: tuple[tuple[str, tuple[str | int, ...], float], ...] = (
         ("field_T", ("Dicom", "flMagneticFieldStrength"), 1.0),
         ("tr_ms", ("MeasYaps", "alTR", 0), 1e-3),
         ("te_ms", ("MeasYaps", "alTE", 0), 1e-3),
         ("dwell_us", ("MeasYaps", "sRXSPEC", "alDwellTime", 0), 1e-3),
-    ):
-        value = _number(header, path, 0.0)
-        if value > 0:
-            facts[key] = value * scale
+    )
+    for key, where, scale in numbers:
+        number = _number(header, where, 0.0)
+        if number > 0:
+            facts[key] = number * scale
     return facts
 
 
