@@ -110,7 +110,7 @@ def load_keys(path: Path, names: tuple[str, ...], needed: str = "kspace") -> tup
             attributes = {k: _plain(v) for k, v in file.attrs.items() if k in ("acquisition", "max", "norm")}
     except LookupError as error:
         raise ValueError(error.args[0]) from error
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"{path} is not a whole HDF5 file: {error}") from error
     return keys, attributes
 

@@ -63,7 +63,7 @@ def _load(path: Path, dataset: str) -> tuple[NDArray[Any], bytes]:
                 raise ValueError(f"{dataset}/data and {dataset}/xml are wanted and the file holds {found or 'nothing'}")
             group = file[dataset]
             records, text = group["data"][()], group["xml"][()]
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, MemoryError) as error:
         raise ValueError(f"{path} is not a whole HDF5 file: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path} is no ISMRMRD file: {error}") from error

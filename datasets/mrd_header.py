@@ -32,7 +32,7 @@ def parse_header(text: str | bytes) -> MRDHeader:
     """
     try:
         root = ET.fromstring(text)
-    except (ET.ParseError, ValueError) as error:
+    except (ET.ParseError, ValueError, LookupError) as error:  # an encoding that is none
         raise ValueError(f"its ISMRMRD header is not XML: {error}") from error
     encoding = _find(root, "encoding")
     if encoding is None:

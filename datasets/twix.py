@@ -46,6 +46,8 @@ def read_twix(path: str | Path, frame: int = 0) -> KSpace:
             Cartesian, echo-planar lines, anything that ``KSpace`` or ``assemble`` refuses.
     """
     path = existing_file(path)
+    if not path.suffix:
+        raise ValueError(f"{path} has no ending, which twixtools takes for a name without its .dat: give it one")
     _check_whole(path)
     scans = _load(path)
     scan = scans[-1]
