@@ -34,9 +34,13 @@ def point(shape, voxel, affine=None, coils=2, **more) -> KSpace:
     return KSpace(data, torch.ones(h, w, dtype=torch.bool), oblique() if affine is None else affine, **more)
 
 
+def image_of(kspace: KSpace) -> torch.Tensor:
+    return to_image(to_image(kspace.data, -1), -2)
+
+
 def brightest(kspace: KSpace) -> np.ndarray:
     """Where in the world (RAS mm) the brightest voxel lies."""
-    image = to_image(to_image(kspace.data, -1), -2).abs().square().sum(1)
+    image = image_of(kspace).abs().square().sum(1)
     s, h, w = np.unravel_index(int(image.argmax()), image.shape)
     return (kspace.affine @ [w, h, s, 1])[:3]
 
@@ -50,6 +54,8 @@ def test_upright_keeps_the_world(h, w, signs, order):
     scan = point((3, h, w), (1, 2, 8), oblique(turn, signs, order))
     turned = upright(scan)
     assert np.allclose(brightest(turned), brightest(scan), atol=1e-4)
+    bright = [image.flatten(2)[1, :, int(image[1, 0].abs().argmax())] for image in map(image_of, (scan, turned))]
+    assert float((bright[0] - bright[1]).abs().max()) < 1e-4  # no phase added
     screen = {0: (-1, -2), 1: (0, -2), 2: (0, 1)}[int(np.abs(scan.affine[:3, 2]).argmax())]
     column, row = turned.affine[:3, 0], turned.affine[:3, 1]
     for axis, (world, name) in zip((column, row), zip(screen, "wh", strict=True), strict=True):
@@ -84,7 +90,7 @@ def test_without_oversampling_cuts_the_field_of_view(h, w, m):
     cut = without_oversampling(scan)
     assert cut.data.shape == (2, 2, h, m) and cut.mask.shape == (h, m) and cut.spacing_mm == scan.spacing_mm
     assert np.allclose(brightest(cut), brightest(scan), atol=1e-4)
-    a, b = (to_image(to_image(v.data, -1), -2) for v in (scan, cut))
+    a, b = map(image_of, (scan, cut))
     start = w // 2 - m // 2
     assert float((a[..., start : start + m] - b).abs().max()) < 1e-5
     across = without_oversampling(exchanged(scan))  # the readout along the rows

@@ -382,6 +382,9 @@ def test_fastmri_of_the_test_set(tmp_path):
     fastmri_file(tmp_path / "b.h5", text=False)  # no header: empty ends are padding, the crop the challenge's
     scan = read_fastmri(tmp_path / "b.h5")
     assert scan.mask[0].tolist() == [2 <= n <= 12 for n in range(17)] and scan.crop == (17, 17)
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["kspace"] = draw(1, 24, 330).numpy()
+    assert read_fastmri(tmp_path / "c.h5").crop == (24, 320)
 
 
 def hole(k):
