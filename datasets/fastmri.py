@@ -24,10 +24,9 @@ def read_fastmri(path: str | Path) -> KSpace:
     """The k-space of a file of fastMRI: (s coil h w), rows the readout, columns the phase-encoded lines.
 
     ``crop`` is the size of the published target: the header's reconSpace, both sizes the number of columns where there
-    are fewer columns than that. Files of the test set have a mask of columns; in others the columns between the
-    header's limits count as sampled (without a header, all but the empty ones at both ends). The header says nothing of
-    the patient's orientation: the affine has the right spacing and its centre at the origin. ``source`` has the
-    file's acquisition, max and norm.
+    are fewer columns than that. Files of the test set have a mask of columns; in others all count as sampled but the
+    empty ones at both ends, which are padding. The header says nothing of the patient's orientation: the affine has the
+    right spacing and its centre at the origin. ``source`` has the file's acquisition, max and norm.
 
     Args:
         path: a file with the key kspace.
@@ -48,7 +47,7 @@ def read_fastmri(path: str | Path) -> KSpace:
     header = _header(path, keys.get("ismrmrd_header"))
     s, _, h, w = values.shape
     data = torch.from_numpy(values.astype(np.complex64))
-    mask = _columns(path, data, keys.get("mask"), header).expand(h, w).clone()
+    mask = _columns(path, data, keys.get("mask")).expand(h, w).clone()
     if header is not None:
         source.update(header.facts)
     return KSpace(
@@ -129,22 +128,18 @@ def _header(path: Path, text: Any) -> MRDHeader | None:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _columns(path: Path, data: Tensor, mask: NDArray[Any] | None, header: MRDHeader | None) -> Tensor:
-    """Which columns were sampled, (w,)."""
+def _columns(path: Path, data: Tensor, mask: NDArray[Any] | None) -> Tensor:
+    """Which columns were sampled, (w,): the mask's or all, without the padding, empty columns at both ends."""
     w = data.shape[3]
     columns = torch.ones(w, dtype=torch.bool)
     if mask is not None:
         if mask.size != w:
             raise ValueError(f"{path.name}: the mask has shape {mask.shape} for {w} columns; one value each is wanted")
         columns = torch.from_numpy(mask.ravel() != 0)
-    if header is not None and header.last_line is not None and header.centres[0] is not None:
-        first = header.encoded[1] // 2 - header.centres[0]
-        last = first + header.last_line + 1
-    else:
-        held = torch.nonzero(data.abs().amax(dim=(0, 1, 2)) > 0)[:, 0]
-        first, last = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, w)
+    held = torch.nonzero((data != 0).flatten(0, 2).any(0))[:, 0]
+    first, last = (int(held[0]), int(held[-1])) if len(held) else (0, w - 1)
     index = torch.arange(w)
-    return columns & (index >= first) & (index < last)
+    return columns & (index >= first) & (index <= last)
 
 
 def _spacing(header: MRDHeader | None, size: tuple[int, int]) -> tuple[float, float, float]:

@@ -16,7 +16,6 @@ class MRDHeader(NamedTuple):
     recon: tuple[int, int, int] | None
     recon_fov_mm: tuple[float, float, float] | None
     centres: tuple[int | None, int | None]
-    last_line: int | None
     trajectory: str
     facts: dict[str, Any]
 
@@ -41,11 +40,10 @@ def parse_header(text: str | bytes) -> MRDHeader:
     if encoded is None:
         raise ValueError("its ISMRMRD header has no encodedSpace with matrixSize and fieldOfView_mm")
     recon = _space(encoding, "reconSpace")
-    limits = [_limits(encoding, f"kspace_encoding_step_{n}") for n in (1, 2)]
+    centres = tuple(_centre(encoding, f"kspace_encoding_step_{n}") for n in (1, 2))
     kind = _text(encoding, "trajectory") or "cartesian"
-    centres = (limits[0][0], limits[1][0])
     size, fov_mm = recon or (None, None)
-    return MRDHeader(encoded[0], encoded[1], size, fov_mm, centres, limits[0][1], kind, _facts(root))
+    return MRDHeader(encoded[0], encoded[1], size, fov_mm, (centres[0], centres[1]), kind, _facts(root))
 
 
 def _facts(root: ET.Element) -> dict[str, Any]:
@@ -108,8 +106,7 @@ def _space(encoding: ET.Element, name: str) -> tuple[tuple[int, int, int], tuple
     return values[0], values[1]
 
 
-def _limits(encoding: ET.Element, name: str) -> tuple[int | None, int | None]:
-    """Centre and largest of one counter."""
-    texts = (_text(encoding, f"encodingLimits/{name}/{what}") for what in ("center", "maximum"))
-    centre, last = (None if t is None else int(_number(int, t, f"limits of {name}")) for t in texts)
-    return centre, last
+def _centre(encoding: ET.Element, name: str) -> int | None:
+    """The value of one counter at k = 0."""
+    text = _text(encoding, f"encodingLimits/{name}/center")
+    return None if text is None else int(_number(int, text, f"limits of {name}"))

@@ -80,9 +80,9 @@ def _records(kspace: KSpace, dtype: Any) -> NDArray[Any]:
         data = kspace.data[s].cpu().numpy()
         if kspace.trajectory is not None:
             track = kspace.trajectory if kspace.trajectory.ndim == 2 else kspace.trajectory[s]
-            points = track.flip(-1).to(torch.float32).cpu().numpy()
-            parts = range(0, len(points), _LARGEST)
-            rows += [(data[:, n : n + _LARGEST], points[n : n + _LARGEST], {"slice": s}) for n in parts]
+            xy = track.flip(-1).to(torch.float32).cpu().numpy()
+            parts = range(0, len(xy), _LARGEST)
+            rows += [(data[:, n : n + _LARGEST], xy[n : n + _LARGEST], {"slice": s}) for n in parts]
         elif kspace.mask is not None:
             mask = kspace.mask if kspace.mask.ndim == 2 else kspace.mask[s]
             for j in torch.nonzero(mask.any(-1))[:, 0].tolist():
