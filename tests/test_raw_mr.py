@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -617,6 +618,18 @@ def test_twix_truncated_or_none(tmp_path):
     (tmp_path / "a.dat").write_bytes(b"text" * 4000)
     with pytest.raises(ValueError, match="no twix file"):
         read_twix(tmp_path / "a.dat")
+
+
+def test_an_absent_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ismrmrd.hdf5", None)
+    monkeypatch.setitem(sys.modules, "twixtools", None)
+    scan = KSpace(draw(1, 2, 6, 8), torch.ones(6, 8, dtype=torch.bool), np.eye(4))
+    with pytest.raises(ValueError, match=r"pip install invdiff\[mri\]"):
+        write_ismrmrd(tmp_path / "a.h5", scan)
+    assert not list(tmp_path.iterdir())
+    if (RAW / PHANTOMS[1]).is_file():
+        with pytest.raises(ValueError, match=r"pip install invdiff\[mri\]"):
+            read_twix(RAW / PHANTOMS[1])
 
 
 def test_readers_are_registered():
