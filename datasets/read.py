@@ -1,13 +1,19 @@
-"""A scan by its path, whatever its format."""
+"""A scan, or raw data, by its path, whatever the format."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from invdiff.datasets.bart import read_bart
+from invdiff.datasets.calgary import read_calgary_campinas
 from invdiff.datasets.dicom import read_dicom
+from invdiff.datasets.fastmri import read_fastmri
+from invdiff.datasets.kspace import KSpace, upright
+from invdiff.datasets.mrd import read_ismrmrd
 from invdiff.datasets.nifti import SUFFIXES, read_nifti
+from invdiff.datasets.twix import is_twix, read_twix
 from invdiff.datasets.volume import Volume
-from invdiff.files import readable
+from invdiff.files import existing_file, readable
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -27,6 +33,54 @@ def read_volume(path: str | Path) -> Volume:
     if path.is_file() and not is_dicom(path):
         raise ValueError(f"{path} is not a scan: a folder of DICOM, a DICOM file, .nii or .nii.gz is wanted")
     return read_dicom(path)
+
+
+def read_kspace(path: str | Path) -> KSpace:
+    """Raw MR data, the format told by the content, slices as they look on a DICOM screen (``upright``).
+
+    Args:
+        path: an HDF5 file of ISMRMRD, fastMRI or Calgary-Campinas, a Siemens twix file, an array of BART (its .hdr or
+            .cfl), or a folder that holds one.
+
+    Raises:
+        ValueError: nothing there, none of these formats (with the keys of an HDF5 file), or what the reader refuses.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() in (".hdr", ".cfl"):
+        return upright(read_bart(path))
+    path = existing_file(path)
+    with path.open("rb") as file:
+        hdf5 = file.read(8) == b"\x89HDF\r\n\x1a\n"
+    if hdf5:
+        return upright(_read_hdf5(path))
+    if is_twix(path):
+        return upright(read_twix(path))
+    wanted = "HDF5 (ISMRMRD, fastMRI, Calgary-Campinas), Siemens twix or BART"
+    raise ValueError(f"{path} is no raw MR data that is read here: {wanted} is wanted")
+
+
+def _read_hdf5(path: Path) -> KSpace:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            keys = list(file)
+            if "schema" in file.attrs:
+                raise LookupError(f"{path} is a file of measurements ({file.attrs['schema']}), not raw data")
+            kind = file["kspace"].dtype.kind if "kspace" in keys and isinstance(file["kspace"], h5py.Dataset) else ""
+            axes = file["kspace"].ndim if kind else 0
+    except LookupError as error:
+        raise ValueError(str(error.args[0])) from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole HDF5 file: {error}") from error
+    if "dataset" in keys:
+        return read_ismrmrd(path)
+    if kind == "f" and axes == 4 and "ismrmrd_header" not in keys:
+        return read_calgary_campinas(path)
+    if kind:
+        return read_fastmri(path)
+    found = ", ".join(keys) or "nothing"
+    raise ValueError(f"{path} holds {found}; kspace (fastMRI, Calgary-Campinas) or dataset (ISMRMRD) is wanted")
 
 
 def find_volumes(folder: Path, pattern: str = "*") -> list[Path]:

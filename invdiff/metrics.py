@@ -56,6 +56,42 @@ def nmse(image: NDArray[np.floating], truth: NDArray[np.floating]) -> float:
     return float(np.sum((image - truth) ** 2) / np.sum(truth**2))
 
 
+class FastMRIMetrics(NamedTuple):
+    """nmse: of the volume. psnr: dB, of the volume, its range the target's maximum. ssim: mean over the slices."""
+
+    nmse: float
+    psnr: float
+    ssim: float
+
+
+def fastmri_metrics(target: Tensor, estimate: Tensor) -> FastMRIMetrics:
+    """The figures of the fastMRI challenge (Zbontar et al. 2018, section 6), of a volume of magnitudes.
+
+    Args:
+        target: (s 1 h w) or (s h w), the published reconstruction, cropped as published.
+        estimate: the same shape.
+
+    Raises:
+        ValueError: other shapes, complex values, slices smaller than the SSIM window, a target whose maximum is not
+            positive.
+    """
+    if target.shape != estimate.shape or target.ndim not in (3, 4) or (target.ndim == 4 and target.shape[1] != 1):
+        shapes = f"{tuple(target.shape)} and {tuple(estimate.shape)}"
+        raise ValueError(f"target and estimate are {shapes}; the same (s 1 h w) or (s h w) is wanted")
+    if target.is_complex() or estimate.is_complex():
+        raise ValueError("target or estimate is complex; magnitudes are wanted")
+    a, b = (v.detach().double().cpu().reshape(-1, *v.shape[-2:]).numpy() for v in (estimate, target))
+    if min(b.shape[1:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"slices of {b.shape[1]} x {b.shape[2]} pixels; SSIM wants at least {SSIM_WINDOW} x {SSIM_WINDOW}"
+        )
+    data_range = float(b.max())
+    if not 0 < data_range < np.inf:
+        raise ValueError(f"the target's maximum is {data_range}; a positive one is wanted")
+    values = [ssim(x, y, data_range) for x, y in zip(a, b, strict=True)]
+    return FastMRIMetrics(nmse(a, b), psnr(a, b, data_range), float(np.mean(np.array(values, dtype=float))))
+
+
 def compare(image: Tensor, truth: Tensor, unit: str) -> Comparison:
     """Compare two volumes (s 1 h w) in physical units.
 
