@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.operators.ct.joseph import MatchedProduct, Rays, Rows, footprints, join, multiply, transpose
+from invdiff.operators.ct.joseph import Rays, footprints
 from invdiff.operators.linear import LinearOperatorBase, as_dtype, dtype_name
+from invdiff.operators.sparse import MatchedProduct, Rows, join, multiply, transpose
 from invdiff.protocols import Space
 
 CHUNK_ENTRIES = 2**22  # footprint entries computed at once, about 60 bytes each meanwhile
