@@ -26,6 +26,11 @@ def inner(a: Tensor, b: Tensor, joint: bool = False) -> Tensor:
     return product.sum(dim=dims, keepdim=True) if dims else product
 
 
+def couples(operator: object) -> bool:
+    """Whether a linear operator couples slices (3D encoding), so that CG on its normal equations must be ``joint``."""
+    return bool(getattr(operator, "coupled", False))
+
+
 def cg(
     normal: Callable[[Tensor], Tensor],
     rhs: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, difference, difference_adjoint, shrink
+from invdiff.linalg import cg, couples, difference, difference_adjoint, shrink
 from invdiff.protocols import Problem
 
 SLICES = 0  # the axis along which the z-term couples
@@ -21,11 +21,12 @@ def correction(A: Any, rhs: Tensor, mu: float, cg_steps: int) -> Tensor:
         A: a LinearOperator.
         rhs: (s c h w).
         mu: 0 or more.
-        cg_steps: CG iterations from zero, one step length a slice; 0 is the operator's own ``solve``.
+        cg_steps: CG iterations from zero, one step length a slice unless A couples slices; 0 is A's own ``solve``.
     """
     if cg_steps == 0 and mu > 0:
         return A.solve(rhs, mu)
-    return cg(lambda v: A.normal(v) + mu * v, rhs, None, cg_steps or MOST, 10 * torch.finfo(rhs.dtype).eps)
+    goal = 10 * torch.finfo(rhs.dtype).eps
+    return cg(lambda v: A.normal(v) + mu * v, rhs, None, cg_steps or MOST, goal, couples(A))
 
 
 def nearest(A: Any, y: Tensor, x: Tensor, mu: float, cg_steps: int) -> Tensor:

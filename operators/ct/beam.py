@@ -134,6 +134,11 @@ class BeamOperator(LinearOperatorBase):
             "dtype": dtype_name(dtype),
         }
 
+    @property
+    def views(self) -> tuple[int, ...]:
+        """The numbers of the angles."""
+        return tuple(range(self.angles.numel()))
+
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The operator of the views ``index`` alone, whose measurements are ``y[..., index, :]``."""
         chosen = self.angles[torch.as_tensor(list(index), dtype=torch.int64)]
