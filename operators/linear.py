@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -213,6 +213,26 @@ class LinearOperatorBase(ABC):
     def _check_rho(rho: float) -> None:
         if not (rho > 0 and math.isfinite(rho)):
             raise ValueError(f"rho is {rho}; a positive number is wanted")
+
+
+class SelfAdjoint(torch.autograd.Function):
+    """A product with A^H A that autograd need not look into: its derivative is the same product, to any order."""
+
+    @staticmethod
+    def forward(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """``product(x)``, which may work in place on what it makes itself."""
+        return product(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Callable[[Tensor], Tensor]], output: Tensor) -> None:
+        """Keep the product, nothing of the data."""
+        del output
+        ctx.product = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The product of the gradient."""
+        return SelfAdjoint.apply(g, ctx.product), None
 
 
 class Adjoint(LinearOperatorBase):
