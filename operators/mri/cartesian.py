@@ -55,7 +55,7 @@ class Cartesian(LinearOperatorBase):
         self.readout, self.coils_at_once = readout, coils_at_once
         # F^H mask F is I along an axis on which the mask does not vary, and needs no shifts: they commute with F
         self._vary = tuple(a for a in self.axes if bool((mask != mask.narrow(a, 0, 1)).any()))
-        self._shifted = torch.fft.ifftshift(self.mask, dim=self._vary).contiguous()
+        self._shifted = torch.fft.ifftshift(self.mask, dim=self._vary).contiguous() if self._vary else self.mask
 
     def _forward(self, x: Tensor) -> Tensor:
         mask = self.mask.to(x.device)

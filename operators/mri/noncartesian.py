@@ -18,7 +18,6 @@ from invdiff.protocols import Space
 
 IMAGES_AT_ONCE = 16  # complex columns of the sparse product: two cache lines a row in float32
 EDGE = 0.5 + 1e-9  # cycles per pixel
-ENGINES = {"own": gridding, "finufft": Finufft}
 
 
 class Transform(Protocol):
@@ -27,6 +26,9 @@ class Transform(Protocol):
     def forward(self, images: Tensor) -> Tensor: ...
 
     def adjoint(self, samples: Tensor) -> Tensor: ...
+
+
+ENGINES: dict[str, Callable[..., Transform]] = {"own": gridding, "finufft": Finufft}
 
 
 class NonCartesianMRI(LinearOperatorBase):
