@@ -14,9 +14,10 @@ from invdiff.operators.channels import slice_count
 from invdiff.operators.linear import LinearOperatorBase, SelfAdjoint, as_dtype, dtype_name
 from invdiff.operators.mask import check_mask
 from invdiff.operators.mri.fourier import PLANE, VOLUME, centred_fft, centred_ifft
+from invdiff.operators.sparse import MatchedProduct
 from invdiff.protocols import Space
 
-TILE_BYTES = 2**20  # coil images of ``normal`` at a time, to stay in a core's cache: fastest of 0.5 to 8 MiB at 256^2
+TILE_BYTES = 2**20  # coil images at a time, to stay in a core's cache: fastest of 0.5 to 4 MiB at 256^2
 
 
 class Cartesian(LinearOperatorBase):
@@ -30,7 +31,7 @@ class Cartesian(LinearOperatorBase):
         slices: s.
         dtype: of the image and of k-space.
         readout: name of the axis along which a line is read.
-        coils_at_once: coil images held at once; as many as pay if None.
+        coils_at_once: coil images of a slice held at once; as many as pay if None.
     """
 
     axes: ClassVar[tuple[int, ...]]
@@ -61,53 +62,54 @@ class Cartesian(LinearOperatorBase):
         self._conjugating = torch.stack([shifted, -shifted], -1)  # multiplies real and imaginary parts
 
     def _forward(self, x: Tensor) -> Tensor:
-        mask = self.mask.to(x.device)
-        return torch.cat([mask * centred_fft(part * x, self.axes) for part in self._parts(x.device)], 1)
+        out: Tensor = MatchedProduct.apply(x, self, False)
+        return out
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        mask, first, images = self.mask.to(y.device), 0, []
-        for part in self._parts(y.device):
-            k = y[:, first : first + part.shape[1]]
-            images.append((part.conj() * centred_ifft(mask * k, self.axes)).sum(1, keepdim=True))
-            first += part.shape[1]
-        return images[0] if len(images) == 1 else torch.stack(images).sum(0)
+        out: Tensor = MatchedProduct.apply(y, self, True)
+        return out
 
     def normal(self, x: Tensor) -> Tensor:
         """A^H A x: one pair of FFTs a coil, along the axes on which the mask varies, without shifts."""
         self._check(x, self.domain, "input")
         return SelfAdjoint.apply(x, self._normal)
 
+    def product(self, v: Tensor, transposed: bool) -> Tensor:
+        """A v, or A^H v, tile by tile."""
+        out = torch.zeros(self.domain.shape if transposed else self.range.shape, dtype=v.dtype, device=v.device)
+        for s, c, maps, mask in self._tiles(self.mask.to(v.device)):
+            if transposed:
+                out[s] += (maps.conj() * centred_ifft(mask * v[s, c], self.axes)).sum(1, keepdim=True)
+            else:
+                torch.mul(mask, centred_fft(maps * v[s], self.axes), out=out[s, c])
+        return out
+
     def _normal(self, x: Tensor) -> Tensor:
         """The sum over coils of S^* F^-1 M F S x, as the conjugate of S F (M F S x)^*: no conjugate maps are made."""
-        mask, out = self._conjugating.to(x.device), torch.zeros_like(x)
-        maps = torch.ones_like(x[:1, :, :1, :1]) if self.maps is None else self.maps.to(x.device)
-        coils, step = self._tile()
-        for first in range(0, x.shape[0], step):
-            here = slice(first, first + step)
-            some = out[here]
-            own_mask, own = (v if v.shape[0] == 1 else v[here] for v in (mask, maps))
-            for part in own.split(coils, 1):
-                image = part * x[here]
-                image = torch.fft.fftn(image, dim=self._vary) if self._vary else image
-                torch.view_as_real(image).mul_(own_mask)
-                image = torch.fft.fftn(image, dim=self._vary) if self._vary else image
-                for coil in image.mul_(part).split(1, 1):
-                    some += coil
+        out = torch.zeros_like(x)
+        for s, _, maps, mask in self._tiles(self._conjugating.to(x.device)):
+            image, some = maps * x[s], out[s]
+            image = torch.fft.fftn(image, dim=self._vary) if self._vary else image
+            torch.view_as_real(image).mul_(mask)
+            image = torch.fft.fftn(image, dim=self._vary) if self._vary else image
+            for coil in image.mul_(maps).split(1, 1):
+                some += coil
         return out.conj_physical_()
 
-    def _tile(self) -> tuple[int, int]:
-        """Coils and slices that ``normal`` takes at once."""
+    def _tiles(self, mask: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Slices and coils to take at once, and their maps (s coil h w) and part of ``mask``."""
         s, coils, h, w = self.range.shape
-        room = TILE_BYTES // (h * w * self.range.dtype.itemsize * (s if 0 in self._fourier_axes else 1))
-        chosen = self.coils_at_once or min(coils, max(1, room))
-        return chosen, s if 0 in self._fourier_axes else max(1, room // chosen)
-
-    def _parts(self, device: torch.device) -> Iterator[Tensor]:
-        """Maps of some coils at a time, (s coil h w)."""
-        if self.maps is None:
-            yield torch.ones(1, 1, 1, 1, dtype=self.domain.dtype.to_real(), device=device)
-        else:
-            yield from self.maps.to(device).split(self.coils_at_once or self.range.shape[1], 1)
+        maps = torch.ones(1, 1, 1, 1, dtype=self.domain.dtype) if self.maps is None else self.maps
+        maps, whole = maps.to(mask.device), 0 in self._fourier_axes
+        room = TILE_BYTES // (h * w * self.range.dtype.itemsize * (s if whole else 1))
+        columns = self.coils_at_once or min(coils, max(1, room))
+        rows = s if whole else max(1, room // columns)
+        for i in range(0, s, rows):
+            here = slice(i, i + rows)
+            own_maps, own_mask = (v if v.shape[0] == 1 else v[here] for v in (maps, mask))
+            for j in range(0, coils, columns):
+                there = slice(j, j + columns)
+                yield here, there, own_maps[:, there], own_mask
 
     def solve(
         self, rhs: Tensor, rho: float, x0: Tensor | None = None, iterations: int = 100, tolerance: float | None = None
@@ -175,7 +177,7 @@ class CartesianMRI(Cartesian):
         slices: s, needed only where neither has a slice axis and it is not 1.
         dtype: of the image and of k-space.
         readout: axis along which a line is read, "h" (the mask chooses columns) or "w": what ``split`` cuts along.
-        coils_at_once: coil images held at once; as many as pay if None.
+        coils_at_once: coil images of a slice held at once; as many as pay if None.
 
     Raises:
         ValueError: shapes that do not fit one another, values other than 0 and 1 in the mask, a mask that keeps
@@ -234,7 +236,7 @@ class CartesianMRI3D(Cartesian):
         maps: coil sensitivities, complex, (coil s h w); None: one coil of sensitivity 1.
         dtype: of the image and of k-space.
         readout: axis along which a line is read, "s", "h" or "w": what ``split`` cuts along.
-        coils_at_once: coil images held at once; as many as pay if None.
+        coils_at_once: coil images of a slice held at once; as many as pay if None.
 
     Raises:
         ValueError: shapes that do not fit one another, values other than 0 and 1 in the mask, a mask that keeps

@@ -47,7 +47,7 @@ class NonCartesianMRI(LinearOperatorBase):
         accuracy: relative error of the transform; its adjoint is exact all the same.
         engine: "own", sparse gridding in torch on any device, or "finufft", on the CPU, without matrices.
         toeplitz: ``normal`` by one FFT pair on a grid twice as large, which differs from adjoint of forward by
-            ``accuracy``; pays from about one sample a pixel on.
+            ``accuracy``; pays from about 1.5 samples a pixel on.
         samples_per_readout: how many samples in a row are one spoke or interleaf, which ``split`` keeps together;
             1 if None.
         coils_at_once: coil images held at once; all if None.
