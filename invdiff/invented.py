@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from invdiff.linalg import cg_step, inner
+from invdiff.linalg import cg_step, couples, inner
 from invdiff.noise import KeyedNoise
 from invdiff.priors.model import load
 from invdiff.problem import prepare, prior_to_operator
@@ -166,23 +166,24 @@ def undetermined(A: Any, x: Tensor, mu: float, iterations: int, tolerance: float
         return out
 
     rhs = mu * x
-    size = inner(rhs, rhs)
-    out, used = _rested_cg(normal, rhs, x, (RECURSION * tolerance) ** 2 * size, iterations)
+    joint = couples(A)
+    size = inner(rhs, rhs, joint)
+    out, used = _rested_cg(normal, rhs, x, (RECURSION * tolerance) ** 2 * size, iterations, joint)
     left = rhs - normal(out)
-    ratio = inner(left, left) / size.clamp_min(torch.finfo(size.dtype).tiny)
+    ratio = inner(left, left, joint) / size.clamp_min(torch.finfo(size.dtype).tiny)
     return out, used, float(ratio.max().sqrt())
 
 
 def _rested_cg(
-    normal: Callable[[Tensor], Tensor], rhs: Tensor, x: Tensor, goal: Tensor, iterations: int
+    normal: Callable[[Tensor], Tensor], rhs: Tensor, x: Tensor, goal: Tensor, iterations: int, joint: bool
 ) -> tuple[Tensor, int]:
     """CG in which a slice stops at its own goal, a squared residual norm; with the iterations used."""
     r = rhs - normal(x)
     p = r
     for k in range(iterations):
-        if bool((inner(r, r) <= goal).all()):
+        if bool((inner(r, r, joint) <= goal).all()):
             return x, k
-        x, r, p = cg_step(normal, x, r, p, goal)
+        x, r, p = cg_step(normal, x, r, p, goal, joint)
     return x, iterations
 
 

@@ -32,6 +32,11 @@ def inner(a: Tensor, b: Tensor, joint: bool = False) -> Tensor:
     return each.sum(0, keepdim=True) if joint else each
 
 
+def couples(operator: object) -> bool:
+    """Whether a linear operator couples slices (3D encoding), so that CG on its normal equations must be ``joint``."""
+    return bool(getattr(operator, "coupled", False))
+
+
 def cg(
     normal: Callable[[Tensor], Tensor],
     rhs: Tensor,
@@ -104,27 +109,31 @@ def _cg_step(
     return x, new, torch.addcmul(new, beta, p, out=out_p), size
 
 
-def lanczos(normal: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def lanczos(
+    normal: Callable[[Tensor], Tensor], start: Tensor, steps: int, joint: bool = False
+) -> tuple[Tensor, Tensor]:
     """Gauss quadrature of v^H f(M) v for every f at once (Golub & Meurant, "Matrices, moments and quadrature", 1994).
 
     Args:
         normal: x -> M x, M Hermitian, slice by slice.
         start: v (s ...).
         steps: of Lanczos, which keeps three vectors; their loss of orthogonality does the quadrature no harm.
+        joint: M couples slices: one quadrature for all of them.
 
     Returns:
-        Nodes and weights (s, steps), float64: v^H f(M) v is about sum weights f(nodes). Weights of v = 0 are 0.
+        Nodes and weights (s, steps), or (1, steps) if ``joint``, float64: v^H f(M) v is about sum weights
+        f(nodes). Weights of v = 0 are 0.
     """
-    size = inner(start, start)
+    size = inner(start, start, joint)
     tiny = torch.finfo(size.dtype).tiny
     v, before, beta = start / size.sqrt().clamp_min(tiny), torch.zeros_like(start), torch.zeros_like(size)
     diagonal, off = [], []
     for _ in range(steps):
         w = normal(v) - beta * before
-        alpha = inner(v, w)
+        alpha = inner(v, w, joint)
         w = w - alpha * v
         diagonal.append(alpha.flatten())
-        beta = inner(w, w).sqrt()
+        beta = inner(w, w, joint).sqrt()
         beta = beta.where(beta > ROUNDING * torch.finfo(beta.dtype).eps * diagonal[0].abs().view_as(beta), 0.0)
         off.append(beta.flatten())
         before, v = v, torch.where(beta > 0, w / beta.clamp_min(tiny), torch.zeros_like(w))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from invdiff.linalg import power_norm
+from invdiff.linalg import couples, power_norm
 from invdiff.noise import KeyedNoise
 from invdiff.protocols import LinearOperator, Noise, Operator, Prior, Problem, Space
 from invdiff.units import MU_WATER, hu_affine
@@ -62,6 +62,10 @@ class ScaledLinear:
     @property
     def range(self) -> Space:
         return self.operator.range
+
+    @property
+    def coupled(self) -> bool:
+        return couples(self.operator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operator.forward(x) / self.norm

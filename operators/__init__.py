@@ -8,19 +8,24 @@ from invdiff.operators.ct.fbp import fbp
 from invdiff.operators.ct.parallel import ParallelBeam
 from invdiff.operators.linear import LinearOperatorBase
 from invdiff.operators.mask import Diagonal, Mask
-from invdiff.operators.mri.cartesian import CartesianMRI
+from invdiff.operators.mri.cartesian import CartesianMRI, CartesianMRI3D
+from invdiff.operators.mri.noncartesian import NonCartesianMRI
+from invdiff.operators.mri.off_resonance import OffResonance
 from invdiff.operators.noise import Gaussian, TransmissionPoisson
 
 __all__ = [
     "Blur",
     "CartesianMRI",
+    "CartesianMRI3D",
     "Diagonal",
     "FanBeam",
     "Gaussian",
     "KnownPhase",
     "LinearOperatorBase",
     "Mask",
+    "NonCartesianMRI",
     "Normalised",
+    "OffResonance",
     "ParallelBeam",
     "RealChannels",
     "TransmissionPoisson",

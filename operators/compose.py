@@ -62,8 +62,16 @@ class Whitened(Composition):
         part = self.inner.split(index)
         if not isinstance(self.outer, Diagonal):
             return Whitened(part, self.outer.split(index))
-        weights = self.outer.diagonal.expand(self.range.shape)
-        return Whitened(part, weights.index_select(-2, torch.as_tensor(list(index), device=weights.device)))
+        return Whitened(part, self.inner.part(self.outer.diagonal.expand(self.range.shape), index))
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Those of A."""
+        return self.inner.views
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        """As A chooses: the weights stay with their measurements."""
+        return self.inner.part(y, index)
 
 
 class Stacked(LinearOperatorBase):
@@ -87,6 +95,7 @@ class Stacked(LinearOperatorBase):
         self.operators = tuple(operators)
         self._sizes = tuple(math.prod(a.range.shape[1:]) for a in operators)
         self.domain, self.unit = first.domain, first.unit
+        self.coupled = any(a.coupled for a in operators)
         self.range = Space((first.range.shape[0], sum(self._sizes)), first.range.dtype)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:

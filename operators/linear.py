@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -42,6 +42,8 @@ class LinearOperatorBase(ABC):
         kind: name of the entry point in ``invdiff.operators``.
         unit: physical unit of the domain, "" where any will do.
         unitary: A is an invertible isometry, so that A^H is its inverse.
+        coupled: a slice of the measurements depends on several slices of the image (3D encoding): conjugate gradients
+            then take one step length for all slices.
         domain: what ``forward`` takes.
         range: what ``forward`` gives.
     """
@@ -49,6 +51,7 @@ class LinearOperatorBase(ABC):
     kind: ClassVar[str] = ""
     unit: str = ""
     unitary: ClassVar[bool] = False
+    coupled: bool = False
     domain: Space
     range: Space
 
@@ -104,7 +107,9 @@ class LinearOperatorBase(ABC):
     def solve(
         self, rhs: Tensor, rho: float, x0: Tensor | None = None, iterations: int = 100, tolerance: float | None = None
     ) -> Tensor:
-        """(A^H A + rho I)^-1 rhs, by conjugate gradients with one step length a slice unless a closed form exists.
+        """(A^H A + rho I)^-1 rhs, by conjugate gradients unless a closed form exists.
+
+        One step length a slice, or one for all where slices are ``coupled``.
 
         Args:
             rhs: an element of ``domain``.
@@ -119,7 +124,7 @@ class LinearOperatorBase(ABC):
         self._check_rho(rho)
         self._check(rhs, self.domain, "right-hand side")
         goal = 10 * torch.finfo(rhs.dtype).eps if tolerance is None else tolerance
-        return linalg.cg(lambda v: self.normal(v) + rho * v, rhs, x0, iterations, goal)
+        return linalg.cg(lambda v: self.normal(v) + rho * v, rhs, x0, iterations, goal, self.coupled)
 
     def pinv(self, y: Tensor) -> Tensor:
         """A first reconstruction: the least-squares solution of least norm, by conjugate gradients from zero.
@@ -129,20 +134,34 @@ class LinearOperatorBase(ABC):
         Args:
             y: an element of ``range``.
         """
-        return linalg.cg(self.normal, self.adjoint(y), iterations=50, tolerance=1e-5)
+        return linalg.cg(self.normal, self.adjoint(y), iterations=50, tolerance=1e-5, joint=self.coupled)
 
     def norm(self, iterations: int = 50) -> float:
         """The largest singular value, from below, by power iterations from a fixed start."""
         start = KeyedNoise(0)(-1, torch.empty(self.domain.shape, dtype=self.domain.dtype, device=self.device))
         return linalg.power_norm(self.normal, start, iterations)
 
+    @property
+    def views(self) -> tuple[int, ...]:
+        """What ``split`` chooses from: numbers of views, lines or readouts; none where there are none."""
+        return ()
+
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
-        """The operator of the views ``index`` alone, whose measurements are ``y[..., index, :]``.
+        """The operator of the views ``index`` alone, whose measurements are ``part(y, index)``.
 
         Raises:
             ValueError: this operator has no views to choose from.
         """
-        raise ValueError(f"{type(self).__name__} has no views to choose {list(index)} from; a CT operator is wanted")
+        raise ValueError(f"{type(self).__name__} has no views to choose {list(index)} from; CT or MRI is wanted")
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        """The measurements of ``split(index)`` from those of this operator: ``y[..., index, :]`` for CT.
+
+        Args:
+            y: (s ...), any that broadcasts over ``range`` (weights too) and has its axis of views.
+            index: which of ``views``, in any order.
+        """
+        return y.index_select(-2, torch.as_tensor(list(index), device=y.device))
 
     def fields(self) -> dict[str, Any]:
         """Constructor arguments as JSON-able values or tensors: ``type(A)(**A.fields())`` is the same operator.
@@ -196,12 +215,33 @@ class LinearOperatorBase(ABC):
             raise ValueError(f"rho is {rho}; a positive number is wanted")
 
 
+class SelfAdjoint(torch.autograd.Function):
+    """A product with A^H A that autograd need not look into: its derivative is the same product, to any order."""
+
+    @staticmethod
+    def forward(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """``product(x)``, which may work in place on what it makes itself."""
+        return product(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Callable[[Tensor], Tensor]], output: Tensor) -> None:
+        """Keep the product, nothing of the data."""
+        del output
+        ctx.product = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The product of the gradient."""
+        return SelfAdjoint.apply(g, ctx.product), None
+
+
 class Adjoint(LinearOperatorBase):
     """A^H as an operator; its own ``H`` is A again."""
 
     def __init__(self, operator: LinearOperatorBase) -> None:
         self.operator = operator
         self.domain, self.range = operator.range, operator.domain
+        self.coupled = operator.coupled
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.operator.adjoint(x)
@@ -234,6 +274,7 @@ class Composition(LinearOperatorBase):
             )
         self.outer, self.inner = outer, inner
         self.domain, self.range, self.unit = inner.domain, outer.range, inner.unit
+        self.coupled = outer.coupled or inner.coupled
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.outer.forward(self.inner.forward(x))
@@ -258,9 +299,18 @@ class Composition(LinearOperatorBase):
         """B's ``pinv`` of A's ``pinv``."""
         return self.inner.pinv(self.outer.pinv(y))
 
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Those of A."""
+        return self.outer.views
+
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The chosen views of A, after B."""
         return Composition(self.outer.split(index), self.inner)
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        """As A chooses."""
+        return self.outer.part(y, index)
 
 
 class Scaled(LinearOperatorBase):
@@ -279,6 +329,7 @@ class Scaled(LinearOperatorBase):
             raise ValueError(f"the scale is {scale}; a finite number other than 0 is wanted")
         self.operator, self.scale = operator, float(scale)
         self.domain, self.range, self.unit = operator.domain, operator.range, operator.unit
+        self.coupled = operator.coupled
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.scale * self.operator.forward(x)
@@ -304,6 +355,15 @@ class Scaled(LinearOperatorBase):
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The chosen views, with the same c."""
         return Scaled(self.operator.split(index), self.scale)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Those of A."""
+        return self.operator.views
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        """As A chooses."""
+        return self.operator.part(y, index)
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor
 from invdiff.operators import FanBeam, ParallelBeam, fbp
 from invdiff.operators.ct.arc import arc_of
 from invdiff.operators.ct.beam import BeamOperator
-from invdiff.operators.ct.joseph import Rays, transpose_by_counting, transpose_by_sorting
+from invdiff.operators.ct.joseph import Rays
+from invdiff.operators.sparse import transpose_by_counting, transpose_by_sorting
 
 SIZE = 2, 1, 130, 110
 PIXEL = 0.6

@@ -116,7 +116,7 @@ def test_importing_is_light_and_silent() -> None:
     import subprocess
     import sys
 
-    heavy = "{'monai', 'diffusers', 'sigpy', 'astra', 'matplotlib'}"
+    heavy = "{'monai', 'diffusers', 'sigpy', 'astra', 'finufft', 'matplotlib'}"
     code = f"import invdiff, invdiff.samplers, sys; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

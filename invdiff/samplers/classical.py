@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, cg_floor, cg_step, difference, difference_adjoint, inner, plus_roughness, shrink
+from invdiff.linalg import cg, cg_floor, cg_step, couples, difference, difference_adjoint, inner, plus_roughness, shrink
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear
 
@@ -76,12 +76,13 @@ class CGLS:
     def init(self, problem: Problem) -> CGLSState:
         """x = 0, r = p = A^H y."""
         r = linear(self, problem).adjoint(problem.y)
-        return CGLSState(0, torch.zeros_like(r), r, r, cg_floor(inner(r, r)))
+        return CGLSState(0, torch.zeros_like(r), r, r, cg_floor(inner(r, r, couples(problem.operator))))
 
     def step(self, problem: Problem, state: CGLSState) -> CGLSState:
-        """One iteration, a step length a slice (Hestenes & Stiefel 1952)."""
+        """One iteration, a step length a slice, or one for all where A couples them (Hestenes & Stiefel 1952)."""
         i, x, r, p, floor = state
-        return CGLSState(i + 1, *cg_step(problem.operator.normal, x, r, p, floor), floor)
+        A = problem.operator
+        return CGLSState(i + 1, *cg_step(A.normal, x, r, p, floor, couples(A)), floor)
 
 
 class TVState(NamedTuple):
@@ -143,7 +144,7 @@ class TV:
         rhs = A.adjoint(problem.y)
         for k, d in enumerate(dims):
             rhs = rhs + self.rho * difference_adjoint(z[k] - u[k], d)
-        x = cg(normal, rhs, x, self.cg_steps, joint=bool(self.lam_z))
+        x = cg(normal, rhs, x, self.cg_steps, joint=bool(self.lam_z) or couples(A))
         gradient = torch.stack([difference(x, d) for d in (ROWS, COLUMNS, SLICES)])
         split = gradient + u
         size = split[:2].square().sum(0).sqrt()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, difference, difference_adjoint, haar, haar_adjoint, plus_roughness, shrink
+from invdiff.linalg import cg, couples, difference, difference_adjoint, haar, haar_adjoint, plus_roughness, shrink
 from invdiff.protocols import Problem
 
 SLICES = 0  # the axis along which the z-term couples
@@ -22,12 +22,13 @@ def correction(A: Any, rhs: Tensor, mu: float | Tensor, cg_steps: int) -> Tensor
         A: a LinearOperator.
         rhs: (s c h w).
         mu: 0 or more; one for all, or (s 1 1 1).
-        cg_steps: CG iterations from zero, one step length a slice; 0 is the operator's own ``solve``, where mu is one.
+        cg_steps: CG iterations from zero, one step length a slice unless A couples slices; 0 is A's own ``solve``,
+            where mu is one.
     """
     if cg_steps == 0 and not isinstance(mu, Tensor) and mu > 0:
         return A.solve(rhs, mu)
     tolerance, weight = 10 * torch.finfo(rhs.dtype).eps, torch.as_tensor(mu, dtype=rhs.dtype, device=rhs.device)
-    return cg(lambda v: torch.addcmul(A.normal(v), weight, v), rhs, None, cg_steps or MOST, tolerance)
+    return cg(lambda v: torch.addcmul(A.normal(v), weight, v), rhs, None, cg_steps or MOST, tolerance, couples(A))
 
 
 def nearest(A: Any, y: Tensor, x: Tensor, mu: float | Tensor, cg_steps: int) -> Tensor:

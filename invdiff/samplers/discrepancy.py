@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from invdiff.linalg import inner, lanczos
+from invdiff.linalg import couples, inner, lanczos
 from invdiff.protocols import Problem
 from invdiff.run import measurements
 
@@ -37,20 +37,22 @@ MU, COUNT, IDLE, TABLE = 0, 1, 2, 3  # columns of a rule: mu, measurements, ||y|
 def first_rule(problem: Problem, variance: float) -> Tensor:
     """The rule before the first step: mu, what does not change of it, and the quadrature, a row a slice.
 
+    Slices that A couples share one row.
+
     Args:
         problem: A and y; a nonlinear operator has no dof, so that its rule is Morozov's own.
         variance: sigma_y^2 of one real component of y.
 
     Returns:
-        (s, 3 + 2 LANCZOS).
+        (s, 3 + 2 LANCZOS), or (1, ...).
     """
-    A = problem.operator
-    count, idle = measurements(problem)
+    A, joint = problem.operator, couples(problem.operator)
+    count, idle = (n.sum(0, keepdim=True) if joint else n for n in measurements(problem))
     columns = [torch.full_like(count, variance / FIRST**2), count, idle]
     if not hasattr(A, "adjoint"):
         return torch.stack(columns, 1)
     start = A.adjoint(probe_of(problem))
-    nodes, weights = lanczos(A.normal, start, LANCZOS)
+    nodes, weights = lanczos(A.normal, start, LANCZOS, joint)
     return torch.cat([torch.stack(columns, 1), nodes.to(count), weights.to(count)], 1)
 
 
@@ -75,13 +77,13 @@ def next_rule(rule: Tensor, problem: Problem, x: Tensor, D: Tensor, variance: fl
         D: the denoised image that it was made from.
         variance: as in ``first_rule``.
     """
-    mu, tiny = rule[:, MU], torch.finfo(rule.dtype).tiny
+    mu, tiny, joint = rule[:, MU], torch.finfo(rule.dtype).tiny, couples(problem.operator)
     if rule.shape[1] > TABLE:  # MacKay's fixed point
         change = x - D
-        correction = variance * degrees_of_freedom(rule) / mu / inner(change, change).flatten().clamp_min(tiny)
+        correction = variance * degrees_of_freedom(rule) / mu / inner(change, change, joint).flatten().clamp_min(tiny)
     else:
         residual = problem.operator.forward(x) - problem.y
-        misfit = inner(residual, residual).flatten() - rule[:, IDLE]
+        misfit = inner(residual, residual, joint).flatten() - rule[:, IDLE]
         correction = (variance * rule[:, COUNT] / misfit.clamp_min(tiny)) ** GAIN
     new = mu * correction.clamp(1 / MOST, MOST)
     return torch.cat([new.clamp(variance / RANGE[1] ** 2, variance / RANGE[0] ** 2)[:, None], rule[:, 1:]], 1)

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg, difference, difference_adjoint, plus_roughness
+from invdiff.linalg import cg, couples, difference, difference_adjoint, plus_roughness
 from invdiff.noise import KeyedNoise, geometric
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear
@@ -150,7 +150,7 @@ class REDDiff:
             out = torch.addcmul(A.normal(v), weight, v)
             return plus_roughness(out, v, curvature, SLICES) if curvature else out
 
-        return cg(normal, g, None, self.newton_steps, joint=bool(curvature))
+        return cg(normal, g, None, self.newton_steps, joint=bool(curvature) or couples(A))
 
     def _level(self, problem: Problem, i: int, draw: int) -> float:
         """The noise level of one draw; random ones are log-uniform, a mini-batch's stratified."""

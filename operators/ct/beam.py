@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.operators.ct.joseph import MatchedProduct, Rays, Rows, footprints, join, multiply, transpose
+from invdiff.operators.ct.joseph import Rays, footprints
 from invdiff.operators.linear import LinearOperatorBase, as_dtype, dtype_name
+from invdiff.operators.sparse import MatchedProduct, Rows, join, multiply, transpose
 from invdiff.protocols import Space
 
 MEMORY_MB = 2048.0  # of A and A^T together, at most, unless told
@@ -134,6 +135,11 @@ class BeamOperator(LinearOperatorBase):
             "multi_turn": self.multi_turn,
             "dtype": dtype_name(dtype),
         }
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """The numbers of the angles."""
+        return tuple(range(self.angles.numel()))
 
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The operator of the views ``index`` alone, whose measurements are ``y[..., index, :]``."""
