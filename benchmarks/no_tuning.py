@@ -23,9 +23,9 @@ from torch import Tensor
 
 from invdiff.files import whole_file
 from invdiff.protocols import Problem
-from invdiff.run import guarded, iterate, last, measurements, residual_norms
+from invdiff.run import guarded, iterate, last, residual_norms
 from invdiff.samplers import DAPS, DDNM, DDS, DPS, DiffPIR, PiGDM, REDDiff, SplitGibbs
-from invdiff.samplers.discrepancy import probed_degrees_of_freedom
+from invdiff.samplers.discrepancy import measurements, probed_degrees_of_freedom
 
 TASKS, NOISES = ("ct", "mri", "inpainting"), (0.5, 1.0, 2.0, 5.0)
 WEIGHTS = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)

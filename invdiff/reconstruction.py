@@ -14,8 +14,9 @@ from invdiff.priors.model import fast_dtype, load
 from invdiff.priors.wrappers import Chunked
 from invdiff.problem import Prepared, prepare, unconditional
 from invdiff.protocols import Operator, Prior, Problem, Sampler, State
-from invdiff.run import guarded, iterate, last, measurements, residual_norms
+from invdiff.run import guarded, iterate, last, residual_norms
 from invdiff.samplers.dds import DDS
+from invdiff.samplers.discrepancy import measurements
 from invdiff.samplers.dpmpp import DPMpp2M
 from invdiff.samplers.solver import Solver
 from invdiff.uncertainty import BestState, Gather, SeedsState, Spread, SpreadState, meaning, over_seeds

@@ -49,19 +49,6 @@ def residual_norms(problem: Problem, x: Tensor) -> Tensor:
     return inner(r, r).flatten().sqrt()
 
 
-def measurements(problem: Problem) -> tuple[Tensor, Tensor]:
-    """How many real numbers y holds of each slice that depend on the image, (s), and ||y||^2 of the others, (s).
-
-    Others are lines of k-space that were not sampled and rays that miss the image: A gives exactly 0 there, whatever
-    the image (here: one of noise).
-    """
-    A, y = problem.operator, problem.y
-    like = torch.empty(A.domain.shape, dtype=A.domain.dtype, device=y.device)
-    used = A.forward(problem.noise(-1, like)).flatten(1) != 0
-    rest = y.flatten(1).abs().square().where(~used, 0.0)
-    return used.sum(1).to(rest) * (2 if y.is_complex() else 1), rest.sum(1)
-
-
 def guarded(states: Iterable[S], sampler: Sampler[S], problem: Problem, every: int = 5) -> Iterator[S]:
     """Stop with the step and sigma when an image is not finite or a residual has grown tenfold.
 

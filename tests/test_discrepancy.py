@@ -14,12 +14,13 @@ from invdiff.priors import GaussianPrior
 from invdiff.problem import prepare
 from invdiff.protocols import Problem
 from invdiff.reconstruction import reconstruct
-from invdiff.run import iterate, last, measurements
+from invdiff.run import iterate, last
 from invdiff.samplers import DDS, DiffPIR, REDDiff
 from invdiff.samplers.consistency import nearest
 from invdiff.samplers.discrepancy import (
     degrees_of_freedom,
     first_rule,
+    measurements,
     next_rule,
     probed_degrees_of_freedom,
     weight_of,

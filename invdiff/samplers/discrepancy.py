@@ -23,7 +23,6 @@ from torch import Tensor
 
 from invdiff.linalg import couples, inner, lanczos
 from invdiff.protocols import Problem
-from invdiff.run import measurements
 
 LANCZOS = 20  # steps: dof to 1 % for projectors
 PROBE = 98  # draw of the noise of step -1 that the probe is
@@ -65,6 +64,19 @@ def probe_of(problem: Problem) -> Tensor:
 def weight_of(rule: Tensor, like: Tensor) -> Tensor:
     """mu of each slice, (s 1 ... 1) with the axes of ``like``."""
     return rule[:, MU].view(-1, *[1] * (like.ndim - 1)).to(like)
+
+
+def measurements(problem: Problem) -> tuple[Tensor, Tensor]:
+    """How many real numbers y holds of each slice that depend on the image, (s), and ||y||^2 of the others, (s).
+
+    Others are lines of k-space that were not sampled and rays that miss the image: A gives exactly 0 there, whatever
+    the image (here: one of noise).
+    """
+    A, y = problem.operator, problem.y
+    like = torch.empty(A.domain.shape, dtype=A.domain.dtype, device=y.device)
+    used = A.forward(problem.noise(-1, like)).flatten(1) != 0
+    rest = y.flatten(1).abs().square().where(~used, 0.0)
+    return used.sum(1).to(rest) * (2 if y.is_complex() else 1), rest.sum(1)
 
 
 def next_rule(rule: Tensor, problem: Problem, x: Tensor, D: Tensor, variance: float) -> Tensor:

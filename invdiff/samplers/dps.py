@@ -11,9 +11,9 @@ from torch import Tensor
 from invdiff.linalg import inner
 from invdiff.noise import karras
 from invdiff.protocols import Problem
-from invdiff.run import measurements
 from invdiff.samplers.checks import at_least
 from invdiff.samplers.ddim import ddim_move
+from invdiff.samplers.discrepancy import measurements
 from invdiff.samplers.solver import OneStepState, denoised_with_pullback, start
 
 PUBLISHED_STEPS = 1000
