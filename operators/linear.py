@@ -132,7 +132,7 @@ class LinearOperatorBase(ABC):
         return linalg.cg(self.normal, self.adjoint(y), iterations=50, tolerance=1e-5)
 
     def zero_filled(self, y: Tensor) -> Tensor:
-        """The image of y with zero for what was not measured: the adjoint, weighted by density where samples are uneven.
+        """The image of y with zero for what was not measured: the adjoint, weighted where samples are uneven.
 
         In the unit of the domain; cheap, never an inversion.
 

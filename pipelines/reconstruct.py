@@ -20,6 +20,7 @@ from invdiff.invented import Split, measured_or_invented
 from invdiff.noise import KeyedNoise
 from invdiff.operators import Whitened
 from invdiff.pipelines.compare import matched_truth
+from invdiff.pipelines.mri import MRIConfig, Way, picture_row, way_of
 from invdiff.pipelines.output import (
     beside,
     check_writable,
@@ -106,6 +107,7 @@ class Job:
     averaged: PriorConfig = PriorConfig()
     gather: Gather | None = None
     split: Split | None = None
+    mri: MRIConfig | None = None
 
     @property
     def document(self) -> dict[str, Any]:
@@ -120,6 +122,8 @@ class Job:
         }
         if self.gather is not None:
             document["samples" if isinstance(self.gather, Spread) else "best"] = asdict(self.gather)
+        if self.mri is not None:
+            document["mri"] = asdict(self.mri)
         return document if self.split is None else {**document, "invented": asdict(self.split)}
 
 
@@ -130,7 +134,7 @@ def kind_of(sampler: Any) -> str:
 
 TABLES: dict[str, tuple[str, ...]] = {
     "input": ("scan", "index"), "prior": (), "output": ("path", "truth"), "run": (), "sampler": (),
-    "samples": (), "best": (), "invented": (),
+    "samples": (), "best": (), "invented": (), "mri": (),
 }  # fmt: skip
 
 
@@ -171,6 +175,7 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
         averaged=prior,
         gather=_gather_of(document),
         split=build(Split, document["invented"], "invented") if "invented" in document else None,
+        mri=build(MRIConfig, document["mri"], "mri") if "mri" in document else None,
     )
 
 
@@ -260,15 +265,20 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     """
     check_writable(job.out, map_names(job.gather, job.split))
     scan = _scan_of(job)
-    empty = as_volume(scan, torch.zeros(tuple(scan.fields["shape"])))
-    truth = None if job.truth is None else matched_truth(empty, job.truth)
     operator, y, sigma_y = operator_of(scan)
+    empty = as_volume(scan, torch.zeros(operator.domain.shape))
+    truth = None if job.truth is None else matched_truth(empty, job.truth)
     plain, weights = prior_of(job.prior, job.run)
     prior = job.averaged.wrapped(plain)
     y = y.to(device_of(job.run.device))
+    several = job.gather is not None or job.split is not None
+    way = way_of(scan, operator, y, prior, job.sampler, job.mri, several)
+    if way is not None:
+        operator, prior = way.operator, way.prior
     mu_water = scan.mu_water or MU_WATER
     prepared = prepare(y, operator, prior, sigma_y, KeyedNoise(job.run.seed), mu_water)
     changed = [repr(v) for v in (job.gather, job.averaged.flips, job.averaged.shifts) if v]
+    changed += [] if way is None else [repr(way.record)]
     key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed, *changed)
     path = checkpoint_path(job.out)
     began = time.monotonic()
@@ -277,11 +287,12 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     if job.split is not None:
         parts = measured_or_invented(result.x, operator, prior, sigma_y, job.split, mu_water=mu_water)
     seconds = time.monotonic() - began
-    volume = as_volume(scan, result.x.cpu())
+    volume = as_volume(scan, (result.x if way is None else way.magnitude(result.x)).cpu())
     tables, notes = added_record(result, parts, None if truth is None else truth.data)
     record = {
         **result.record,
         **tables,
+        **({} if way is None else {"mri": way.record}),
         "config": job.document,
         "seconds": round(seconds, 2),
         "fingerprint": key,
@@ -292,7 +303,10 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         "versions": versions(),
         "not_for_diagnosis": True,
     }
-    _write(job, scan, volume, maps_of(result, parts, volume.unit), truth, record)
+    maps = maps_of(result, parts, volume.unit)
+    if way is not None:
+        maps["phase"] = Map(way.angle(result.x).float().cpu(), "rad")
+    _write(job, scan, volume, maps, truth, record, way)
     path.unlink(missing_ok=True)
     return record
 
@@ -305,7 +319,13 @@ def _result(job: Job, prepared: Prepared, end: Any) -> Result:
 
 
 def _write(
-    job: Job, scan: Measurements, volume: Volume, maps: dict[str, Map], truth: Volume | None, record: dict[str, Any]
+    job: Job,
+    scan: Measurements,
+    volume: Volume,
+    maps: dict[str, Map],
+    truth: Volume | None,
+    record: dict[str, Any],
+    way: Way | None = None,
 ) -> None:
     """The volume, its maps, its record and its pictures."""
     write_volume(job.out, volume)
@@ -318,7 +338,7 @@ def _write(
         )
     with whole_file(beside(job.out, ".json")) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
-    _picture(job, scan, volume, truth)
+    _picture(job, scan, volume, truth, way)
     draw_maps(lambda s: beside(job.out, s), maps, volume.data, volume.unit, None if truth is None else truth.data)
 
 
@@ -352,19 +372,24 @@ def _scan_of(job: Job) -> Measurements:
 
 
 def as_volume(scan: Measurements, x: Tensor) -> Volume:
-    """An image (s c h w) in HU at the scan's place in the world, to be stored in its source's axis order."""
-    return Volume(x.float(), scan.affine, "HU", scan.storage, {"name": "reconstruction", "sha256": scan.source_sha256})
+    """An image (s c h w), HU for CT, at the scan's place in the world, to be stored in its source's axis order."""
+    unit = "HU" if scan.unit == "1/mm" else scan.unit
+    return Volume(x.float(), scan.affine, unit, scan.storage, {"name": "reconstruction", "sha256": scan.source_sha256})
 
 
-def _picture(job: Job, scan: Measurements, volume: Volume, truth: Volume | None) -> None:
-    """The middle slice: truth where known, FBP, TV, ours, error."""
+def _picture(job: Job, scan: Measurements, volume: Volume, truth: Volume | None, way: Way | None) -> None:
+    """The middle slice: truth where known, FBP and TV or for MR zero filling, ours, error."""
     middle = volume.data.shape[0] // 2
+    title = f"slice {middle + 1} of {volume.data.shape[0]}"
+    if way is not None:
+        row = picture_row(way, volume, truth, type(job.sampler).__name__)
+        panel(beside(job.out, ".png"), {"": row}, volume.unit, title=title)
+        return
     pictures: dict[str, Tensor] = {} if truth is None else {"truth": truth.data[middle, 0]}
     for name, baseline in (("FBP", FBP()), ("TV", TV(lam_z=0.0))):
         if type(baseline) is not type(job.sampler):
             pictures[name] = baseline_slice(scan, baseline, middle)
     pictures[type(job.sampler).__name__] = volume.data[middle, 0]
-    title = f"slice {middle + 1} of {volume.data.shape[0]}"
     panel(beside(job.out, ".png"), {"": pictures}, volume.unit, title=title)
 
 
