@@ -32,6 +32,7 @@ def espirit_maps(
     calibration: Tensor,
     shape: tuple[int, int],
     sets: int = 1,
+    width: int = 24,
     kernel: int = 6,
     threshold: float = 0.02,
     crop: float = 0.8,
@@ -46,6 +47,8 @@ def espirit_maps(
         calibration: (s coil h' w') complex, zero frequency at index n // 2: ACS lines or a scan of their own.
         shape: (h w) of the maps.
         sets: of maps.
+        width: lines and columns of the calibration data that are used, from their middle: further out is more noise
+            than signal, which adds singular values above ``threshold`` and with them maps of noise.
         kernel: side of the patches, in samples.
         threshold: singular values below this share of the largest are noise; 0.02 as published code has it.
         crop: eigenvalue below which a pixel has no map; 0.95 cuts closer to the body and into it where there is noise.
@@ -55,14 +58,24 @@ def espirit_maps(
         ValueError: real or non-finite data, zero data, fewer lines than a kernel, or more sets than coils.
     """
     _check(calibration, shape, sets, kernel)
-    found = [_one_slice(c, shape, sets, kernel, threshold, iterations) for c in calibration]
+    centre = _middle(calibration, max(width, kernel))
+    found = [_one_slice(c, shape, sets, kernel, threshold, iterations) for c in centre]
     vectors = torch.stack([v for v, _ in found], 1)
     values = torch.stack([e for _, e in found], 1)
-    reference = torch.stack([_principal(c) for c in calibration])
+    reference = torch.stack([_principal(c) for c in centre])
     turn = torch.einsum("sc,ksc...->ks...", reference.conj(), vectors)
     turn = torch.where(turn.abs() > 0, turn / turn.abs().clamp_min(torch.finfo(values.dtype).tiny), 1)
     maps = vectors * turn.conj()[:, :, None] * (values > crop)[:, :, None]
     return Espirit(maps.to(calibration.dtype), values)
+
+
+def _middle(kspace: Tensor, width: int) -> Tensor:
+    """The middle of (... h w), at most ``width`` wide either way, index n // 2 still that of zero frequency."""
+    for axis in PLANE:
+        n = kspace.shape[axis]
+        size = min(n, width)
+        kspace = kspace.narrow(axis, n // 2 - size // 2, size)
+    return kspace
 
 
 def _one_slice(
