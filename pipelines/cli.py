@@ -120,9 +120,7 @@ def reconstruct(
     overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value, such as sampler.rho=0.02.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="NIfTI file, or a folder name for DICOM.")] = None,
     prior: Annotated[str | None, typer.Option(help="A shipped prior, a prior's folder, or none.")] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="dds, tv, fbp, sense, l1wavelet, zero-filled, ...")
-    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="dds, tv, fbp, sense, l1wavelet, zero-filled, ...")] = None,
     truth: Annotated[Path | None, typer.Option(help="The true volume, for the picture and the numbers.")] = None,
     index: Annotated[int | None, typer.Option(help="Which scan of the file.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,

@@ -17,6 +17,7 @@ from invdiff.operators.mri.calibration import (
     QUANTILE,
     Region,
     check_maps,
+    filled_maps,
     find_acs,
     image_scale,
     low_resolution_phase,
@@ -82,6 +83,19 @@ class Way(NamedTuple):
         return turned.angle()
 
 
+def with_whole_maps(scan: Measurements) -> Measurements:
+    """The scan with coil maps everywhere, if it has any: see ``filled_maps``.
+
+    Raises:
+        ValueError: maps that are not normalised.
+    """
+    maps = scan.fields.get("maps")
+    if not isinstance(maps, Tensor):
+        return scan
+    check_maps(maps)
+    return replace(scan, fields={**scan.fields, "maps": filled_maps(maps)})
+
+
 def way_of(
     scan: Measurements, operator: Any, y: Tensor, prior: Prior, sampler: Any, asked: MRIConfig | None, several: bool
 ) -> Way | None:
@@ -97,7 +111,7 @@ def way_of(
         several: whether samples are summed up or the image is split, which is for one channel.
 
     Raises:
-        ValueError: a prior that is not of MR images, maps that are not normalised, measurements without signal, or
+        ValueError: a prior that is not of MR images, measurements without signal, or
             settings that do not fit the scan or each other.
     """
     if not operator.domain.dtype.is_complex:
@@ -109,9 +123,6 @@ def way_of(
         raise ValueError(
             f"samples and the split are of one channel; mri.channels is {how.channels!r}, 'magnitude' is wanted"
         )
-    maps = scan.fields.get("maps")
-    if isinstance(maps, Tensor):
-        check_maps(maps)
     first = operator.zero_filled(y)
     scale = image_scale(first, how.quantile)
     wanted = how.channels
@@ -206,7 +217,8 @@ def simulate(volume: Volume, how: MRSimulation, mask: Tensor | None = None) -> t
     y = simulate_kspace(truth.data, operator, phase, sigma, KeyedNoise(how.seed))
     maps = coils
     if not how.true_maps:
-        maps = espirit_maps(find_acs(taken).of(y), (h, w)).maps[0] if how.coils > 1 else torch.ones_like(coils)
+        acs = find_acs(taken).of(y)
+        maps = espirit_maps(acs, (h, w), crop=0.0).maps[0] if how.coils > 1 else torch.ones_like(coils)
     fields = CartesianMRI(taken, maps, slices=s).fields()
     sha = str(volume.source.get("sha256", ""))
     scan = Measurements(

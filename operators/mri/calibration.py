@@ -100,6 +100,16 @@ def normalised_maps(maps: Tensor) -> Tensor:
     return torch.where(power > 0, maps / power.clamp_min(torch.finfo(power.dtype).tiny).sqrt(), 0)
 
 
+def filled_maps(maps: Tensor) -> Tensor:
+    """Maps (... coil h w) with equal sensitivities of norm 1 where they are zero, so that the data are heard there too.
+
+    Where maps are cut to the body, k-space says nothing of the background, and a generative prior fills it with what
+    it likes; with maps there the data say that nothing is.
+    """
+    power = maps.abs().square().sum(-3, keepdim=True)
+    return torch.where(power > 0, maps, maps.shape[-3] ** -0.5)
+
+
 def noise_covariance(noise: Tensor) -> Tensor:
     """Covariance of the coils' noise, complex Hermitian (coil coil): E[n n^H] of samples (coil n).
 
