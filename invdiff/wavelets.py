@@ -14,6 +14,8 @@ DB4 = (
     *(-0.18703481171909309, 0.030841381835560764, 0.0328830116668852, -0.010597401785069032),
 )
 
+FIRST = len(DB4) // 2 - 1  # coefficient n begins at sample 2 (n - FIRST), as PyWavelets and sigpy number them
+
 
 def analysis(x: Tensor, levels: int) -> list[Tensor]:
     """W x: images (... h w) to [coarse (... h' w'), details (3 ... h' w'), ..., details (3 ... h/2 w/2)].
@@ -50,11 +52,11 @@ def padding(shape: tuple[int, int], levels: int) -> tuple[int, int]:
 
 
 def _split(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Low and high pass of ``x`` along ``dim``, each of half the size: sum_k f_k x[2 n + k], indices periodic."""
+    """Low and high pass of ``x`` along ``dim``, each of half the size: sum_k f_k x[2 (n - FIRST) + k], periodic."""
     even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)
     low, high = torch.zeros_like(even), torch.zeros_like(even)
     for j in range(len(DB4) // 2):
-        a, b = even.roll(-j, dim), odd.roll(-j, dim)
+        a, b = even.roll(FIRST - j, dim), odd.roll(FIRST - j, dim)
         low = low + DB4[2 * j] * a + DB4[2 * j + 1] * b
         high = high + DB4[-1 - 2 * j] * a - DB4[-2 - 2 * j] * b
     return low, high
@@ -64,7 +66,7 @@ def _join(low: Tensor, high: Tensor, dim: int) -> Tensor:
     """The adjoint of ``_split``."""
     even, odd = torch.zeros_like(low), torch.zeros_like(low)
     for j in range(len(DB4) // 2):
-        even = even + (DB4[2 * j] * low + DB4[-1 - 2 * j] * high).roll(j, dim)
-        odd = odd + (DB4[2 * j + 1] * low - DB4[-2 - 2 * j] * high).roll(j, dim)
+        even = even + (DB4[2 * j] * low + DB4[-1 - 2 * j] * high).roll(j - FIRST, dim)
+        odd = odd + (DB4[2 * j + 1] * low - DB4[-2 - 2 * j] * high).roll(j - FIRST, dim)
     axis = dim % low.ndim
     return torch.stack([even, odd], axis + 1).flatten(axis, axis + 1)

@@ -83,8 +83,10 @@ class Way(NamedTuple):
         return turned.angle()
 
 
-def with_whole_maps(scan: Measurements) -> Measurements:
-    """The scan with coil maps everywhere, if it has any: see ``filled_maps``.
+def with_checked_maps(scan: Measurements, sampler: Any) -> Measurements:
+    """The scan, if it has coil maps with maps everywhere for generative samplers: see ``filled_maps``.
+
+    Prior-free ones keep maps that are cut to the body: for them outside is zero, which helps them.
 
     Raises:
         ValueError: maps that are not normalised.
@@ -93,7 +95,8 @@ def with_whole_maps(scan: Measurements) -> Measurements:
     if not isinstance(maps, Tensor):
         return scan
     check_maps(maps)
-    return replace(scan, fields={**scan.fields, "maps": filled_maps(maps)})
+    whole = maps if isinstance(sampler, PRIOR_FREE) else filled_maps(maps)
+    return replace(scan, fields={**scan.fields, "maps": whole})
 
 
 def way_of(
@@ -218,7 +221,7 @@ def simulate(volume: Volume, how: MRSimulation, mask: Tensor | None = None) -> t
     maps = coils
     if not how.true_maps:
         acs = find_acs(taken).of(y)
-        maps = espirit_maps(acs, (h, w), crop=0.0).maps[0] if how.coils > 1 else torch.ones_like(coils)
+        maps = espirit_maps(acs, (h, w)).maps[0] if how.coils > 1 else torch.ones_like(coils)
     fields = CartesianMRI(taken, maps, slices=s).fields()
     sha = str(volume.source.get("sha256", ""))
     scan = Measurements(

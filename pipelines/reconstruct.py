@@ -20,7 +20,7 @@ from invdiff.invented import Split, measured_or_invented
 from invdiff.noise import KeyedNoise
 from invdiff.operators import Whitened
 from invdiff.pipelines.compare import matched_truth
-from invdiff.pipelines.mri import MRIConfig, Way, picture_row, way_of, with_whole_maps
+from invdiff.pipelines.mri import MRIConfig, Way, picture_row, way_of, with_checked_maps
 from invdiff.pipelines.output import (
     beside,
     check_writable,
@@ -264,7 +264,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         DivergedError: NaN or a growing residual.
     """
     check_writable(job.out, map_names(job.gather, job.split))
-    scan = with_whole_maps(_scan_of(job))
+    scan = with_checked_maps(_scan_of(job), job.sampler)
     operator, y, sigma_y = operator_of(scan)
     empty = as_volume(scan, torch.zeros(operator.domain.shape))
     truth = None if job.truth is None else matched_truth(empty, job.truth)
