@@ -30,6 +30,7 @@ from invdiff.protocols import Prior
 from invdiff.samplers import CGLS, FBP, SENSE, TV, L1Wavelet, ZeroFilled
 
 CHANNELS = ("magnitude", "complex")
+MASKS = ("uniform", "random", "equispaced", "poisson", "radial")
 PRIOR_FREE = (FBP, CGLS, TV, ZeroFilled, SENSE, L1Wavelet)
 CENTRE = 0.125  # share of either axis of k-space whose image gives the phase, where no grid says what was sampled
 UNIT = "a.u."
@@ -49,8 +50,8 @@ class MRIConfig:
     """
 
     channels: str = "magnitude"
-    deviation: float = 0.05
-    width: float = 3.0
+    deviation: float = 0.02
+    width: float = 5.0
     quantile: float = QUANTILE
 
     def __post_init__(self) -> None:
@@ -184,6 +185,8 @@ class MRSimulation:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.mask not in MASKS:
+            raise ValueError(f"no mask {self.mask!r}; one of {', '.join(MASKS)} is wanted")
         if not (math.isfinite(self.acceleration) and self.acceleration >= 1):
             raise ValueError(f"the acceleration is {self.acceleration}; at least 1 is wanted")
         if self.coils < 1:
@@ -231,11 +234,23 @@ def simulate(volume: Volume, how: MRSimulation, mask: Tensor | None = None) -> t
 
 
 def mask_of(how: MRSimulation, shape: tuple[int, int]) -> Tensor:
-    """The sampling mask (h w), bool, that a simulation names."""
-    from invdiff.operators.mri.masks import make_mask
+    """The sampling mask (h w), bool, that a simulation names; lines are read along rows' axis h.
 
-    mask: Tensor = make_mask(how.mask, shape, how.acceleration, how.centre, how.seed)
-    return mask
+    Raises:
+        ValueError: no such kind, or an acceleration and a centre that do not go together.
+    """
+    from invdiff.operators.mri import masks
+
+    if how.mask == "uniform":
+        if how.acceleration != round(how.acceleration):
+            raise ValueError(f"the acceleration of a uniform mask is {how.acceleration}; a whole number is wanted")
+        found: Tensor = masks.uniform_mask(shape, round(how.acceleration), how.centre)
+    elif how.mask == "radial":
+        found = masks.radial_mask(shape, how.acceleration, how.seed)
+    else:
+        drawn = {"random": masks.random_mask, "equispaced": masks.equispaced_mask, "poisson": masks.poisson_mask}
+        found = drawn[how.mask](shape, how.acceleration, how.centre, how.seed)
+    return found
 
 
 def picture_row(way: Way, volume: Volume, truth: Volume | None, name: str) -> Mapping[str, Tensor]:

@@ -134,13 +134,13 @@ def test_l1_wavelet_is_sigpys() -> None:
     lam, shape = 0.02, (96, 128)
     operator, y, _ = scanned(body(shape), sigma=0.02)
     app = mri.app.L1WaveletRecon(
-        y[0].numpy(), birdcage_maps(4, shape).numpy(), lam, weights=lines(shape)[None].float().numpy(), max_iter=150,
+        y[0].numpy(), birdcage_maps(4, shape).numpy(), lam, weights=lines(shape)[None].float().numpy(), max_iter=80,
         show_pbar=False,
     )  # fmt: skip
     theirs = torch.as_tensor(app.run())
     two = operator @ RealChannels(operator.domain.shape)
     problem = Problem(two, y, 0.0, NoPrior("a.u.", -1, 1, channels=2), KeyedNoise())
-    sampler = L1Wavelet(steps=150, lam=lam, noise_weight=0.0, levels=3, spin=False, coarse=True)
+    sampler = L1Wavelet(steps=80, lam=lam, noise_weight=0.0, levels=3, spin=False, coarse=True)
     ours = end(sampler, problem)
     W = sigpy.linop.Wavelet(shape, wave_name="db4")
 

@@ -66,7 +66,7 @@ class MagnitudePhase:
 
     channels = 2
 
-    def __init__(self, prior: Prior, deviation: float = 0.05, width: float = 3.0) -> None:
+    def __init__(self, prior: Prior, deviation: float = 0.02, width: float = 5.0) -> None:
         info = _info_of(prior, "applied to magnitudes")
         if prior.channels != 1:
             raise ValueError(f"the prior has {prior.channels} channels; one of magnitude images is wanted")
