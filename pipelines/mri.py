@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -241,16 +241,17 @@ def mask_of(how: MRSimulation, shape: tuple[int, int]) -> Tensor:
     """
     from invdiff.operators.mri import masks
 
-    if how.mask == "uniform":
-        if how.acceleration != round(how.acceleration):
-            raise ValueError(f"the acceleration of a uniform mask is {how.acceleration}; a whole number is wanted")
-        found: Tensor = masks.uniform_mask(shape, round(how.acceleration), how.centre)
-    elif how.mask == "radial":
-        found = masks.radial_mask(shape, how.acceleration, how.seed)
-    else:
-        drawn = {"random": masks.random_mask, "equispaced": masks.equispaced_mask, "poisson": masks.poisson_mask}
-        found = drawn[how.mask](shape, how.acceleration, how.centre, how.seed)
-    return found
+    R, centre, seed = how.acceleration, how.centre, how.seed
+    if how.mask == "uniform" and round(R) != R:
+        raise ValueError(f"the acceleration of a uniform mask is {R}; a whole number is wanted")
+    makers: dict[str, Callable[[], Tensor]] = {
+        "uniform": lambda: masks.uniform_mask(shape, round(R), centre),
+        "random": lambda: masks.random_mask(shape, R, centre, seed),
+        "equispaced": lambda: masks.equispaced_mask(shape, R, centre, seed),
+        "poisson": lambda: masks.poisson_mask(shape, R, centre, seed),
+        "radial": lambda: masks.radial_mask(shape, R, seed),
+    }
+    return makers[how.mask]()
 
 
 def picture_row(way: Way, volume: Volume, truth: Volume | None, name: str) -> Mapping[str, Tensor]:
