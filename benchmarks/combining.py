@@ -21,7 +21,8 @@ from torch import Tensor
 from invdiff.config import build, find
 from invdiff.datasets import Volume, read_volume
 from invdiff.metrics import compare
-from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
+from invdiff.pipelines.reconstruct import RunConfig, prior_of
+from invdiff.pipelines.scans import operator_of
 from invdiff.pipelines.simulate import Simulation, simulate
 from invdiff.priors import Averaged
 from invdiff.protocols import Prior

@@ -29,7 +29,8 @@ from invdiff.files import whole_file
 from invdiff.metrics import compare
 from invdiff.noise import KeyedNoise
 from invdiff.pipelines.pictures import panel
-from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
+from invdiff.pipelines.reconstruct import RunConfig, prior_of
+from invdiff.pipelines.scans import operator_of
 from invdiff.pipelines.simulate import Simulation, simulate
 from invdiff.priors import NoPrior
 from invdiff.problem import prepare

@@ -25,7 +25,8 @@ from skimage.transform import resize
 from invdiff.datasets import read_htc2022
 from invdiff.files import whole_file
 from invdiff.pipelines.pictures import panel
-from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
+from invdiff.pipelines.reconstruct import RunConfig, prior_of
+from invdiff.pipelines.scans import operator_of
 from invdiff.priors import NoPrior
 from invdiff.reconstruction import reconstruct
 from invdiff.samplers import DDS, FBP, TV, REDDiff

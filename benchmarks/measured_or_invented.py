@@ -27,7 +27,8 @@ from invdiff.datasets import Volume, read_volume
 from invdiff.files import whole_file
 from invdiff.invented import Split, measured_or_invented
 from invdiff.pipelines.pictures import CT_WINDOW, Picture, pictures
-from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
+from invdiff.pipelines.reconstruct import RunConfig, prior_of
+from invdiff.pipelines.scans import operator_of
 from invdiff.pipelines.simulate import Simulation, simulate
 from invdiff.pipelines.uncertainty import parts_row
 from invdiff.protocols import Prior

@@ -87,6 +87,11 @@ class ScaledLinear:
         pinv = getattr(self.operator, "pinv", None)
         return self.norm * pinv(y) if pinv is not None else self.adjoint(y)
 
+    def zero_filled(self, y: Tensor) -> Tensor:
+        """Zero for what was not measured: the operator's own ``zero_filled``, else its adjoint."""
+        own = getattr(self.operator, "zero_filled", None)
+        return self.norm * own(y) if own is not None else self.norm * self.operator.adjoint(y)
+
 
 @dataclass(frozen=True)
 class PriorUnits:

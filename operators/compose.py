@@ -57,6 +57,10 @@ class Whitened(Composition):
         """W y: the measurements of this operator, from those of A."""
         return self.outer.forward(y)
 
+    def zero_filled(self, y: Tensor) -> Tensor:
+        """A's ``zero_filled`` of the measurements before whitening."""
+        return self.inner.zero_filled(self.outer.pinv(y))
+
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The chosen views with their weights."""
         part = self.inner.split(index)

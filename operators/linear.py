@@ -136,6 +136,16 @@ class LinearOperatorBase(ABC):
         """
         return linalg.cg(self.normal, self.adjoint(y), iterations=50, tolerance=1e-5, joint=self.coupled)
 
+    def zero_filled(self, y: Tensor) -> Tensor:
+        """The image of y with zero for what was not measured: the adjoint, weighted where samples are uneven.
+
+        In the unit of the domain; cheap, never an inversion.
+
+        Args:
+            y: an element of ``range``.
+        """
+        return self.adjoint(y)
+
     def norm(self, iterations: int = 50) -> float:
         """The largest singular value, from below, by power iterations from a fixed start."""
         start = KeyedNoise(0)(-1, torch.empty(self.domain.shape, dtype=self.domain.dtype, device=self.device))
@@ -304,6 +314,10 @@ class Composition(LinearOperatorBase):
         """Those of A."""
         return self.outer.views
 
+    def zero_filled(self, y: Tensor) -> Tensor:
+        """B's ``zero_filled`` of A's."""
+        return self.inner.zero_filled(self.outer.zero_filled(y))
+
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The chosen views of A, after B."""
         return Composition(self.outer.split(index), self.inner)
@@ -351,6 +365,10 @@ class Scaled(LinearOperatorBase):
     def pinv(self, y: Tensor) -> Tensor:
         """A's ``pinv``, divided by c."""
         return self.operator.pinv(y / self.scale)
+
+    def zero_filled(self, y: Tensor) -> Tensor:
+        """A's ``zero_filled``, divided by c."""
+        return self.operator.zero_filled(y / self.scale)
 
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The chosen views, with the same c."""

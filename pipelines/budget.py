@@ -55,6 +55,8 @@ class Outline(LinearOperatorBase):
         return self.adjoint(y)
 
     def _copy(self, v: Tensor, space: Space) -> Tensor:
+        if v.is_complex() != space.dtype.is_complex:
+            v = v.real if v.is_complex() else torch.complex(v, torch.zeros_like(v))
         flat, size = v.flatten(1).clone(), math.prod(space.shape[1:])
         kept = flat[:, :size]
         product = torch.cat([kept, kept.new_zeros(len(kept), size - kept.shape[1])], 1)
@@ -252,12 +254,59 @@ class Budget:
         return int(self.activations) if self.apart else self.bytes
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What of an operator is asked before there is one.
+
+    Args:
+        domain: of the whole volume, real.
+        range: likewise.
+        unit: of the image.
+        kept: bytes that it keeps.
+        building: more, while it is built.
+    """
+
+    domain: Space
+    range: Space
+    unit: str
+    kept: int
+    building: int
+
+
+def outline_of(scan: Measurements) -> Shapes:
+    """The shapes of a scan of real images, whose projector is not built.
+
+    Raises:
+        ValueError: fields that the operator does not take, or a y that does not fit it.
+    """
+    one, kept, building = projector_of(scan.kind, scan.fields)
+    slices = int(scan.fields["shape"][0])
+    if tuple(scan.y.shape[1:]) != tuple(one.range.shape[1:]):
+        wanted = (slices, *one.range.shape[1:])
+        raise ValueError(f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {wanted}")
+    whole = [Space((slices, *space.shape[1:]), space.dtype) for space in (one.domain, one.range)]
+    return Shapes(whole[0], whole[1], one.unit, kept, building)
+
+
+def of_operator(operator: Any, fields: Mapping[str, Any]) -> Shapes:
+    """The shapes of an operator that is there, made of a scan's fields."""
+    kept = sum(v.numel() * v.element_size() for v in fields.values() if isinstance(v, Tensor))
+    return Shapes(operator.domain, operator.range, getattr(operator, "unit", ""), kept, 0)
+
+
 def budget_of(
-    scan: Measurements, work: Work, prior: Prior, chunk: int, device: torch.device, home: torch.device
+    shapes: Shapes,
+    scan: Measurements,
+    work: Work,
+    prior: Prior,
+    chunk: int,
+    device: torch.device,
+    home: torch.device,
 ) -> Budget:
     """What a run will take, counted on a few slices.
 
     Args:
+        shapes: of the operator.
         scan: read already.
         work: what is done with it.
         prior: on ``device``, not chunked.
@@ -268,18 +317,14 @@ def budget_of(
     Raises:
         ValueError: a scan, a prior and a sampler that do not fit each other.
     """
-    one, kept, building = projector_of(scan.kind, scan.fields)
-    slices, *shape = tuple(scan.fields["shape"])
-    if tuple(scan.y.shape[1:]) != tuple(one.range.shape[1:]):
-        wanted = (slices, *one.range.shape[1:])
-        raise ValueError(f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {wanted}")
+    slices, *shape = shapes.domain.shape
     few = min(FEW, slices)
-    spaces = [Space((few, *space.shape[1:]), space.dtype) for space in (one.domain, one.range)]
+    spaces = [Space((few, *space.shape[1:]), space.dtype) for space in (shapes.domain, shapes.range)]
     weights = None if scan.sqrt_w is None else scan.sqrt_w[: few if len(scan.sqrt_w) > 1 else 1]
-    volume = volume_of(work, prior, Outline(spaces[0], spaces[1], one.unit), weights)
+    volume = volume_of(work, prior, Outline(spaces[0], spaces[1], shapes.unit), weights)
     silent = isinstance(prior, NoPrior)
     network = (0.0, 0.0) if silent else network_bytes(prior, tuple(shape), device, volume.differentiated)
-    budget = Budget(kept, building, volume, slices, network, chunk or slices, device != home)
+    budget = Budget(shapes.kept, shapes.building, volume, slices, network, chunk or slices, device != home)
     free = free_bytes(device)
     while not chunk and free is not None and budget.chunk > 1 and budget.on_device > AUTO_SHARE * free:
         budget = replace(budget, chunk=math.ceil(budget.chunk / 2))

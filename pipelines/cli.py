@@ -59,32 +59,64 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the pictures and vol
     pipeline.run(out, console, show_progress)
 
 
+CT_ONLY = ("views", "arc", "first", "photons", "sigma", "reduce")  # options of simulate
+MR_ONLY = ("acceleration", "coils", "mask", "centre", "noise", "phase", "true_maps")
+
+
 @app.command()
 def simulate(
-    volume: Annotated[Path, typer.Argument(help="CT volume: NIfTI, a DICOM file or a folder of a DICOM series.")],
+    context: typer.Context,
+    volume: Annotated[Path, typer.Argument(help="CT or MR volume: NIfTI, a DICOM file or a folder of a series.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Measurement file to write (.h5).")],
-    operator: Annotated[str, typer.Option(help="parallel or fan.")] = "parallel",
+    operator: Annotated[str, typer.Option(help="parallel or fan for CT, mri.")] = "parallel",
     views: Annotated[int, typer.Option(help="Number of projections.")] = 20,
     arc: Annotated[float, typer.Option(help="Degrees that they span.")] = 180.0,
     first: Annotated[float, typer.Option(help="Angle of the first view, degrees.")] = 0.0,
     photons: Annotated[float, typer.Option(help="Photons a ray; 0 is noiseless.")] = 0.0,
     sigma: Annotated[float, typer.Option(help="Gaussian noise on the line integrals instead.")] = 0.0,
     reduce: Annotated[int, typer.Option(help="Volume pixels to one of the reconstruction; 0 chooses.")] = 0,
+    acceleration: Annotated[float, typer.Option(help="MRI: samples of the grid to one taken.")] = 4.0,
+    coils: Annotated[int, typer.Option(help="MRI: coils about the image.")] = 8,
+    mask: Annotated[str, typer.Option(help="MRI: uniform, random, equispaced, poisson, radial.")] = "equispaced",
+    centre: Annotated[float, typer.Option(help="MRI: share of lines in the sampled centre.")] = 0.08,
+    noise: Annotated[float, typer.Option(help="MRI: noise of k-space, percent of the image's scale.")] = 1.0,
+    phase: Annotated[bool, typer.Option(help="MRI: a smooth random phase.")] = True,
+    true_maps: Annotated[bool, typer.Option("--true-maps", help="MRI: store the true coils, not ESPIRiT's.")] = False,
     slices: Annotated[str, typer.Option(help="Such as 10:26, from the feet; all by default.")] = ":",
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise, the mask and the phase.")] = 0,
 ) -> None:
-    """Measure a CT volume: line integrals with noise, as a measurement file."""
+    """Measure a volume, as a measurement file: line integrals of CT or k-space of MR, with noise."""
     from invdiff.datasets import read_volume, write_measurements
     from invdiff.pipelines import simulate as pipeline
 
-    how = pipeline.Simulation(operator, views, arc, first, photons, sigma, reduce, seed=seed)
-    scan, truth = pipeline.simulate(pipeline.some_slices(read_volume(volume), slices), how)
+    _refuse_options(context, CT_ONLY if operator == "mri" else MR_ONLY, operator)
+    chosen = pipeline.some_slices(read_volume(volume), slices)
+    if operator == "mri":
+        from invdiff.pipelines import mri
+
+        scan, truth = mri.simulate(
+            chosen, mri.MRSimulation(acceleration, coils, mask, centre, noise, phase, true_maps, seed)
+        )
+        share = float(scan.fields["mask"].float().mean())
+        taken = f"k-space of {coils} coils, {100 * share:.3g} % of the grid, of"
+    else:
+        how = pipeline.Simulation(operator, views, arc, first, photons, sigma, reduce, seed=seed)
+        scan, truth = pipeline.simulate(chosen, how)
+        taken = f"{views} views over {arc:g} degrees of"
     write_measurements(out, [scan])
     s, _, h, w = truth.data.shape
-    console.print(
-        f"{out}: {views} views over {arc:g} degrees of {s} slices, for reconstruction at {h} x {w} pixels "
-        f"of {truth.spacing_mm[1]:.3g} mm"
-    )
+    console.print(f"{out}: {taken} {s} slices, for reconstruction at {h} x {w} pixels of {truth.spacing_mm[1]:.3g} mm")
+
+
+def _refuse_options(context: typer.Context, names: tuple[str, ...], operator: str) -> None:
+    """Options that were given and that another operator takes.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    given = [n for n in names if context.get_parameter_source(n).name == "COMMANDLINE"]  # type: ignore[union-attr]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} is not an option of the operator {operator!r}")
 
 
 @app.command()
@@ -94,8 +126,8 @@ def reconstruct(
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value, such as sampler.rho=0.02.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="NIfTI file, or a folder name for DICOM.")] = None,
-    prior: Annotated[str | None, typer.Option(help="A shipped prior, a prior's folder, or none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="dds, reddiff, diffusionmbir, tv, cgls, fbp, ...")] = None,
+    prior: Annotated[str | None, typer.Option(help="ct, brain-mr, a folder, none; by the scan if not given.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dds, tv, fbp, sense, l1wavelet, zero-filled, ...")] = None,
     truth: Annotated[Path | None, typer.Option(help="The true volume, for the picture and the numbers.")] = None,
     index: Annotated[int | None, typer.Option(help="Which scan of the file.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,
@@ -144,7 +176,7 @@ def reconstruct(
 def plan(
     scan: Annotated[Path, typer.Argument(help="As for reconstruct: measurements, raw data, or a TOML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value, such as run.chunk=4.")] = None,
-    prior: Annotated[str | None, typer.Option(help="A shipped prior, a prior's folder, or none.")] = None,
+    prior: Annotated[str | None, typer.Option(help="ct, brain-mr, a folder, none; by the scan if not given.")] = None,
     sampler: Annotated[str | None, typer.Option(help="dds, reddiff, diffusionmbir, tv, cgls, fbp, ...")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,

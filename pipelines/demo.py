@@ -20,7 +20,8 @@ from invdiff.noise import KeyedNoise
 from invdiff.operators import CartesianMRI, KnownPhase
 from invdiff.pipelines.output import versions
 from invdiff.pipelines.pictures import panel
-from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
+from invdiff.pipelines.reconstruct import RunConfig, prior_of
+from invdiff.pipelines.scans import operator_of
 from invdiff.pipelines.simulate import Simulation, simulate
 from invdiff.priors import NoPrior
 from invdiff.reconstruction import reconstruct

@@ -14,15 +14,9 @@ from invdiff.noise import KeyedNoise
 from invdiff.pipelines.budget import GB, Budget
 from invdiff.pipelines.devices import device_of
 from invdiff.pipelines.memory import held_bytes, return_what_is_freed
-from invdiff.pipelines.reconstruct import (
-    Job,
-    home_of,
-    operator_of,
-    prior_of,
-    scan_of,
-    some_slices,
-    within_memory,
-)
+from invdiff.pipelines.mri import with_checked_maps
+from invdiff.pipelines.reconstruct import Job, home_of, prior_for, prior_of, way_of_job, within_memory
+from invdiff.pipelines.scans import operator_of, scan_of, some_slices
 from invdiff.priors import NoPrior
 from invdiff.problem import prepare
 from invdiff.protocols import Prior
@@ -79,9 +73,9 @@ def run(job: Job) -> Plan:
         ValueError: input that does not fit, or a run that does not fit into the free memory.
     """
     return_what_is_freed()
-    scan = scan_of(job)
-    prior, _ = prior_of(job.prior, job.run)
-    prior, budget, notes = within_memory(scan, job, prior)
+    scan = with_checked_maps(scan_of(job.scan, job.index), job.sampler)
+    prior, _ = prior_of(prior_for(job.prior, scan), job.run)
+    prior, budget, notes = within_memory(scan, job, prior, way_of_job(scan, job))
     held = held_bytes(home_of(job.run))
     seconds = seconds_of(job, scan, prior, budget)
     runs = 1 if job.gather is None else job.gather.count
@@ -94,7 +88,10 @@ def seconds_of(job: Job, scan: Measurements, prior: Prior, budget: Budget) -> fl
     The first steps are the dearest where CG ends early at low noise: the run may be faster than this.
     """
     count = min(budget.slices, budget.chunk if not isinstance(prior, NoPrior) else budget.slices)
-    operator, y, sigma_y = operator_of(some_slices(scan, 0, count))
+    few = some_slices(scan, 0, count)
+    (operator, y, sigma_y), way = operator_of(few), way_of_job(few, job)
+    if way is not None:
+        operator, prior = way.operator, way.wrap(prior)
     home, device = home_of(job.run), device_of(job.run.device)
     mu_water = scan.mu_water or MU_WATER
     problem: Any = prepare(y.to(home), operator, prior, sigma_y, KeyedNoise(job.run.seed), mu_water).problem

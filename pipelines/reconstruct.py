@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from invdiff.config import build, find, registered, with_overrides
-from invdiff.datasets import Measurements, Volume, read_htc2022, read_measurements, write_nifti
+from invdiff.datasets import Measurements, Volume, write_nifti
 from invdiff.files import sha256_of, whole_file
 from invdiff.invented import Split, measured_or_invented
 from invdiff.noise import KeyedNoise
-from invdiff.operators import Whitened
-from invdiff.pipelines.budget import Budget, Work, budget_of, built, check, largest_chunk
+from invdiff.pipelines.budget import Budget, Work, budget_of, check, largest_chunk, of_operator, outline_of
 from invdiff.pipelines.compare import matched_truth
 from invdiff.pipelines.devices import DTYPES, device_of, dtype_of
 from invdiff.pipelines.memory import return_what_is_freed
+from invdiff.pipelines.mri import MRIConfig, Way, picture_row, way_of, with_checked_maps
 from invdiff.pipelines.output import (
     beside,
     check_writable,
@@ -33,17 +33,19 @@ from invdiff.pipelines.output import (
     write_volume,
 )
 from invdiff.pipelines.pictures import panel
+from invdiff.pipelines.scans import as_volume, baseline_slice, operator_of, scan_of
 from invdiff.pipelines.uncertainty import Map, added_record, draw_maps, map_names, maps_of
 from invdiff.priors import Averaged, Chunked, NoPrior, Offloaded, load
 from invdiff.priors.model import NetworkPrior
 from invdiff.problem import Prepared, prepare
 from invdiff.protocols import Prior
-from invdiff.reconstruction import Result, gathered, reconstruct, record_of
+from invdiff.reconstruction import Result, gathered, record_of
 from invdiff.run import checkpointed, fingerprint, forget, guarded, iterate, last, resumed
 from invdiff.samplers import FBP, TV
 from invdiff.uncertainty import BestOf, Gather, SeedsState, Spread, over_seeds
 from invdiff.units import MU_WATER
 
+SHIPPED = {"1/mm": "ct", "a.u.": "brain-mr"}  # by the unit of the image
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 
 
@@ -79,12 +81,12 @@ class PriorConfig:
     """Which prior, and what is made of it.
 
     Args:
-        name: of a shipped prior, a prior's folder, or none.
+        name: of a shipped prior, a prior's folder, none, or auto: ct for CT, brain-mr for MR.
         flips: axes of the flipped copies of the image over which it is averaged: -1 columns, -2 rows.
         shifts: (rows, columns) of further copies; see ``invdiff.priors.Averaged``.
     """
 
-    name: str = "ct"
+    name: str = "auto"
     flips: tuple[int, ...] = ()
     shifts: tuple[tuple[int, int], ...] = ()
 
@@ -110,6 +112,7 @@ class Job:
     averaged: PriorConfig = PriorConfig()
     gather: Gather | None = None
     split: Split | None = None
+    mri: MRIConfig | None = None
 
     @property
     def document(self) -> dict[str, Any]:
@@ -124,6 +127,8 @@ class Job:
         }
         if self.gather is not None:
             document["samples" if isinstance(self.gather, Spread) else "best"] = asdict(self.gather)
+        if self.mri is not None:
+            document["mri"] = asdict(self.mri)
         return document if self.split is None else {**document, "invented": asdict(self.split)}
 
 
@@ -134,7 +139,7 @@ def kind_of(sampler: Any) -> str:
 
 TABLES: dict[str, tuple[str, ...]] = {
     "input": ("scan", "index"), "prior": (), "output": ("path", "truth"), "run": (), "sampler": (),
-    "samples": (), "best": (), "invented": (),
+    "samples": (), "best": (), "invented": (), "mri": (),
 }  # fmt: skip
 
 
@@ -175,6 +180,7 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
         averaged=prior,
         gather=_gather_of(document),
         split=build(Split, document["invented"], "invented") if "invented" in document else None,
+        mri=build(MRIConfig, document["mri"], "mri") if "mri" in document else None,
     )
 
 
@@ -200,20 +206,9 @@ def check_tables(document: Mapping[str, Mapping[str, Any]], tables: Mapping[str,
             raise ValueError(f"{table} has no field {wrong[0]!r}; its fields are: {', '.join(tables[table])}")
 
 
-def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
-    """The whitened operator, the whitened y and its sigma_y, of a scan's description.
-
-    Raises:
-        ValueError: an unknown kind, fields it does not take, or a y that does not fit it.
-    """
-    operator = built(scan.kind, scan.fields)
-    if tuple(scan.y.shape) != tuple(operator.range.shape):
-        raise ValueError(
-            f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {tuple(operator.range.shape)}"
-        )
-    if scan.sqrt_w is None:
-        return operator, scan.y, float(scan.sigma_y or 0.0)
-    return Whitened(operator, scan.sqrt_w), scan.sqrt_w * scan.y, 1.0
+def prior_for(name: str, scan: Measurements) -> str:
+    """The prior's name; ``auto`` is the shipped one in the scan's unit."""
+    return SHIPPED.get(scan.unit, "ct") if name == "auto" else name
 
 
 def prior_of(name: str, run: RunConfig) -> tuple[Prior, str]:
@@ -226,13 +221,27 @@ def prior_of(name: str, run: RunConfig) -> tuple[Prior, str]:
     return Chunked(prior, run.chunk) if run.chunk else prior, network.sha256 or ""
 
 
-def within_memory(scan: Measurements, job: Job, plain: Prior) -> tuple[Prior, Budget, list[str]]:
+def way_of_job(scan: Measurements, job: Job) -> Way | None:
+    """How a scan of complex images is made real, for which its operator is built; None for a scan of real ones.
+
+    Raises:
+        ValueError: settings of the job that do not fit the scan.
+    """
+    if "shape" in scan.fields and job.mri is None:  # a projector, whose matrices come after the check of memory
+        return None
+    operator, y, _ = operator_of(scan)
+    several = job.gather is not None or job.split is not None
+    return way_of(scan, operator, y.to(home_of(job.run)), job.sampler, job.mri, several)
+
+
+def within_memory(scan: Measurements, job: Job, plain: Prior, way: Way | None) -> tuple[Prior, Budget, list[str]]:
     """The job's whole prior in chunks that fit, what the run will take, and what is to be noted of that.
 
     Args:
         scan: of the job.
         job: what is to be run.
         plain: of ``prior_of``.
+        way: of ``way_of_job``.
 
     Raises:
         ValueError: a run that does not fit into the free memory.
@@ -240,10 +249,15 @@ def within_memory(scan: Measurements, job: Job, plain: Prior) -> tuple[Prior, Bu
     run, device, home = job.run, device_of(job.run.device), home_of(job.run)
     bare = plain.prior if isinstance(plain, Chunked) else plain
     work = Work(job.sampler, job.averaged.wrapped, job.gather, job.split)
-    budget = budget_of(scan, work, bare, run.chunk, device, home)
+    if way is None:
+        outline = outline_of(scan)
+    else:
+        outline, bare, work = of_operator(way.operator, scan.fields), way.wrap(bare), replace(work, wrapped=lambda p: p)
+    budget = budget_of(outline, scan, work, bare, run.chunk, device, home)
     note = check(budget, device, home)
     if not run.chunk and not isinstance(bare, NoPrior):
-        chunk = largest_chunk(bare, budget.chunk, tuple(scan.fields["shape"])[1:], home)
+        chunk = largest_chunk(bare, budget.chunk, outline.domain.shape[1:], home)
+        bare = plain.prior if isinstance(plain, Chunked) else plain
         plain, budget = Chunked(bare, chunk), replace(budget, chunk=chunk)
     return job.averaged.wrapped(plain), budget, [note] if note else []
 
@@ -265,15 +279,19 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     """
     check_writable(job.out, map_names(job.gather, job.split))
     return_what_is_freed()
-    scan = scan_of(job)
-    grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])))
+    scan = with_checked_maps(scan_of(job.scan, job.index), job.sampler)
+    way = way_of_job(scan, job)
+    grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])) if way is None else way.first)
     truth = None if job.truth is None else matched_truth(grid, job.truth)
-    plain, weights = prior_of(job.prior, job.run)
-    prior, budget, fitted = within_memory(scan, job, plain)
+    plain, weights = prior_of(prior_for(job.prior, scan), job.run)
+    prior, budget, fitted = within_memory(scan, job, plain, way)
     operator, y, sigma_y = operator_of(scan)
+    if way is not None:
+        operator, prior = way.operator, way.wrap(prior)
     mu_water = scan.mu_water or MU_WATER
     prepared = prepare(y.to(home_of(job.run)), operator, prior, sigma_y, KeyedNoise(job.run.seed), mu_water)
     changed = [repr(v) for v in (job.gather, job.averaged.flips, job.averaged.shifts) if v]
+    changed += [] if way is None else [repr(way.record)]
     key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed, *changed)
     path = checkpoint_path(job.out)
     began = time.monotonic()
@@ -282,11 +300,12 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     if job.split is not None:
         parts = measured_or_invented(result.x, operator, prior, sigma_y, job.split, mu_water=mu_water)
     seconds = time.monotonic() - began
-    volume = as_volume(scan, result.x.cpu())
+    volume = as_volume(scan, (result.x if way is None else way.magnitude(result.x)).cpu())
     tables, notes = added_record(result, parts, None if truth is None else truth.data)
     record = {
         **result.record,
         **tables,
+        **({} if way is None else {"mri": way.record}),
         "config": job.document,
         "seconds": round(seconds, 2),
         "chunk": budget.chunk,
@@ -298,7 +317,10 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         "versions": versions(),
         "not_for_diagnosis": True,
     }
-    _write(job, scan, volume, maps_of(result, parts, volume.unit), truth, record)
+    maps = maps_of(result, parts, volume.unit)
+    if way is not None:
+        maps["phase"] = Map(way.angle(result.x).float().cpu(), "rad")
+    _write(job, scan, volume, maps, truth, record, way)
     forget(path)
     return record
 
@@ -311,7 +333,13 @@ def _result(job: Job, prepared: Prepared, end: Any) -> Result:
 
 
 def _write(
-    job: Job, scan: Measurements, volume: Volume, maps: dict[str, Map], truth: Volume | None, record: dict[str, Any]
+    job: Job,
+    scan: Measurements,
+    volume: Volume,
+    maps: dict[str, Map],
+    truth: Volume | None,
+    record: dict[str, Any],
+    way: Way | None = None,
 ) -> None:
     """The volume, its maps, its record and its pictures."""
     write_volume(job.out, volume)
@@ -324,7 +352,7 @@ def _write(
         )
     with whole_file(beside(job.out, ".json")) as part:
         part.write_text(json.dumps(record, indent=2) + "\n")
-    _picture(job, scan, volume, truth)
+    _picture(job, scan, volume, truth, way)
     draw_maps(lambda s: beside(job.out, s), maps, volume.data, volume.unit, None if truth is None else truth.data)
 
 
@@ -354,45 +382,20 @@ def _loop(
     return last(progress(kept, steps, kind_of(sampler))), [note] if note else []
 
 
-def scan_of(job: Job) -> Measurements:
-    """The scan that a job names."""
-    scans = [read_htc2022(job.scan)] if job.scan.suffix == ".mat" else read_measurements(job.scan)
-    if not 0 <= job.index < len(scans):
-        raise ValueError(f"{job.scan} holds {len(scans)} scans; index {job.index} is not among 0 to {len(scans) - 1}")
-    return scans[job.index]
-
-
-def as_volume(scan: Measurements, x: Tensor) -> Volume:
-    """An image (s c h w) in HU at the scan's place in the world, to be stored in its source's axis order."""
-    return Volume(x.float(), scan.affine, "HU", scan.storage, {"name": "reconstruction", "sha256": scan.source_sha256})
-
-
-def _picture(job: Job, scan: Measurements, volume: Volume, truth: Volume | None) -> None:
-    """The middle slice: truth where known, FBP, TV, ours, error."""
+def _picture(job: Job, scan: Measurements, volume: Volume, truth: Volume | None, way: Way | None) -> None:
+    """The middle slice: truth where known, FBP and TV or for MR zero filling, ours, error."""
     middle = volume.data.shape[0] // 2
+    title = f"slice {middle + 1} of {volume.data.shape[0]}"
+    if way is not None:
+        row = picture_row(way, volume, truth, type(job.sampler).__name__)
+        panel(beside(job.out, ".png"), {"": row}, volume.unit, title=title)
+        return
     pictures: dict[str, Tensor] = {} if truth is None else {"truth": truth.data[middle, 0]}
     for name, baseline in (("FBP", FBP()), ("TV", TV(lam_z=0.0))):
         if type(baseline) is not type(job.sampler):
             pictures[name] = baseline_slice(scan, baseline, middle)
     pictures[type(job.sampler).__name__] = volume.data[middle, 0]
-    title = f"slice {middle + 1} of {volume.data.shape[0]}"
     panel(beside(job.out, ".png"), {"": pictures}, volume.unit, title=title)
-
-
-def baseline_slice(scan: Measurements, sampler: Any, index: int) -> Tensor:
-    """One slice (h w) in HU by a prior-free baseline, on the CPU."""
-    operator, y, sigma_y = operator_of(some_slices(scan, index))
-    return reconstruct(y, operator, NoPrior(), sampler, sigma_y, mu_water=scan.mu_water or MU_WATER).x[0, 0]
-
-
-def some_slices(scan: Measurements, index: int, count: int = 1) -> Measurements:
-    """The scan of ``count`` slices from ``index`` on."""
-    rows = slice(index, index + count)
-    weights = scan.sqrt_w if scan.sqrt_w is None or scan.sqrt_w.shape[0] == 1 else scan.sqrt_w[rows]
-    affine = scan.affine.copy()
-    affine[:, 3] += index * affine[:, 2]
-    fields = {**scan.fields, "shape": (count, *tuple(scan.fields["shape"])[1:])}
-    return replace(scan, y=scan.y[rows], sqrt_w=weights, fields=fields, affine=affine)
 
 
 def _plain(fields: Mapping[str, Any]) -> list[tuple[str, Any]]:

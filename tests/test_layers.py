@@ -14,6 +14,7 @@ MAY: dict[str, set[str]] = {
     "invdiff.protocols": set(),
     "invdiff.units": set(),
     "invdiff.linalg": set(),
+    "invdiff.wavelets": set(),
     "invdiff.noise": set(),
     "invdiff.files": set(),
     "invdiff.metrics": set(),
@@ -23,7 +24,7 @@ MAY: dict[str, set[str]] = {
     "invdiff.calibration": {"invdiff.posterior"},
     "invdiff.problem": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.units"},
     "invdiff.run": {"invdiff.protocols", "invdiff.linalg", "invdiff.files"},
-    "invdiff.samplers": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise"},
+    "invdiff.samplers": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.wavelets"},
     "invdiff.uncertainty": {"invdiff.protocols", "invdiff.calibration", "invdiff.priors", "invdiff.run"},
     "invdiff.invented": {
         "invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.priors", "invdiff.problem", "invdiff.units",

@@ -20,7 +20,8 @@ import torch
 
 from invdiff.datasets import Measurements, Volume, read_measurements, read_volume, write_measurements, write_nifti
 from invdiff.pipelines.compare import matched_truth
-from invdiff.pipelines.reconstruct import Job, as_volume, operator_of, resolve
+from invdiff.pipelines.reconstruct import Job, resolve
+from invdiff.pipelines.scans import as_volume, operator_of
 from invdiff.pipelines.simulate import Simulation, simulate, some_slices
 from invdiff.priors import NoPrior
 from invdiff.reconstruction import reconstruct

@@ -28,14 +28,17 @@ from invdiff.samplers import (
     DPS,
     FBP,
     GHVB,
+    SENSE,
     TV,
     DiffPIR,
     DiffusionMBIR,
     DPMpp2M,
     Heun,
+    L1Wavelet,
     PiGDM,
     REDDiff,
     SplitGibbs,
+    ZeroFilled,
 )
 
 # A short run of every registered sampler, slices coupled where the method can
@@ -58,6 +61,9 @@ SHORT: dict[str, Any] = {
     "fbp": FBP(),
     "cgls": CGLS(steps=4),
     "tv": TV(steps=4),
+    "zero-filled": ZeroFilled(),
+    "sense": SENSE(steps=4),
+    "l1wavelet": L1Wavelet(steps=5, levels=2),
 }
 # Other ways through the same samplers that the suite runs too
 WAYS: dict[str, Any] = {
@@ -85,6 +91,9 @@ UNCOUPLED: dict[str, Any] = {
     "fbp": FBP(),
     "cgls": SHORT["cgls"],
     "tv": replace(SHORT["tv"], lam_z=0.0),
+    "zero-filled": ZeroFilled(),
+    "sense": SHORT["sense"],
+    "l1wavelet": SHORT["l1wavelet"],
 }
 
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from invdiff.datasets import block_mean, read_volume
 from invdiff.metrics import compare
-from invdiff.pipelines.reconstruct import RunConfig, operator_of, prior_of
+from invdiff.pipelines.reconstruct import RunConfig, prior_of
+from invdiff.pipelines.scans import operator_of
 from invdiff.pipelines.simulate import Simulation, simulate
 from invdiff.pipelines.train import Way, run
 from invdiff.pipelines.training_data import DataConfig, read_training

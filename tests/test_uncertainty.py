@@ -18,7 +18,7 @@ from invdiff.calibration import covered, rank_interval, student_interval
 from invdiff.datasets import Volume, read_measurements, read_volume, write_measurements, write_nifti
 from invdiff.noise import KeyedNoise
 from invdiff.pipelines import reconstruct as pipeline
-from invdiff.pipelines.reconstruct import operator_of
+from invdiff.pipelines.scans import operator_of
 from invdiff.pipelines.simulate import Simulation, simulate
 from invdiff.priors import Averaged, Chunked, load
 from invdiff.priors.density import log_density

@@ -4,6 +4,7 @@ from invdiff.priors.absent import NoPrior
 from invdiff.priors.adapted import Call, adapt
 from invdiff.priors.description import Description
 from invdiff.priors.gaussian import GaussianMixturePrior, GaussianPrior
+from invdiff.priors.magnitude import MagnitudePhase, Rescaled
 from invdiff.priors.model import NetworkPrior, PriorInfo, load, shipped
 from invdiff.priors.parameterisation import EDM, Predicts
 from invdiff.priors.schedules import Continuous, Discrete, Flow, VarianceExploding
@@ -22,12 +23,14 @@ __all__ = [
     "Flow",
     "GaussianMixturePrior",
     "GaussianPrior",
+    "MagnitudePhase",
     "NetworkPrior",
     "NoPrior",
     "Offloaded",
     "Precision",
     "Predicts",
     "PriorInfo",
+    "Rescaled",
     "Superposed",
     "VarianceExploding",
     "adapt",

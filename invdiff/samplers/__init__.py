@@ -14,9 +14,12 @@ from invdiff.samplers.dps import DPS
 from invdiff.samplers.ghvb import GHVB
 from invdiff.samplers.gibbs import SplitGibbs
 from invdiff.samplers.heun import Heun
+from invdiff.samplers.l1wavelet import L1Wavelet
 from invdiff.samplers.pigdm import PiGDM
 from invdiff.samplers.reddiff import REDDiff
+from invdiff.samplers.sense import SENSE
 from invdiff.samplers.solver import Solver
+from invdiff.samplers.zero_filled import ZeroFilled
 
 __all__ = [
     "CGLS",
@@ -29,13 +32,16 @@ __all__ = [
     "DPS",
     "FBP",
     "GHVB",
+    "SENSE",
     "TV",
     "DPMpp2M",
     "DiffPIR",
     "DiffusionMBIR",
     "Heun",
+    "L1Wavelet",
     "PiGDM",
     "REDDiff",
     "Solver",
     "SplitGibbs",
+    "ZeroFilled",
 ]

@@ -13,6 +13,7 @@ from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear
 
 SLICES, ROWS, COLUMNS = 0, 2, 3
+CHANNELS = 2  # of a gradient (3 s c h w)
 
 
 class FBPState(NamedTuple):
@@ -98,8 +99,8 @@ class TVState(NamedTuple):
 class TV:
     """min ||A x - y||^2 / 2 + lam TV_hw(x) + lam_z ||D_z x||_1 by ADMM with CG (Goldstein & Osher 2009).
 
-    The TV in the plane is isotropic, of forward differences: turned by 90 degrees a body comes out a little different.
-    ``lam_z`` 0 leaves slices uncoupled.
+    The TV in the plane is isotropic, of forward differences (turned by 90 degrees a body comes out a little different),
+    and joint over channels (real and imaginary part of a complex image). ``lam_z`` 0 leaves slices uncoupled.
 
     Args:
         steps: ADMM sweeps.
@@ -147,11 +148,19 @@ class TV:
         x = cg(normal, rhs, x, self.cg_steps, joint=bool(self.lam_z) or couples(A))
         gradient = torch.stack([difference(x, d) for d in (ROWS, COLUMNS, SLICES)])
         split = gradient + u
-        size = split[:2].square().sum(0).sqrt()
+        size = split[:2].square().sum((0, CHANNELS), keepdim=True).sqrt()
         kept = (size - self.lam / self.rho).clamp_min(0) / size.clamp_min(torch.finfo(x.dtype).tiny)
-        across = shrink(split[2:], self.lam_z / self.rho) if self.lam_z else torch.zeros_like(split[2:])
+        across = _joint_shrink(split[2:], self.lam_z / self.rho) if self.lam_z else torch.zeros_like(split[2:])
         z = torch.cat([split[:2] * kept, across])
         u = split - z
         if not self.lam_z:
             u = torch.cat([u[:2], across])
         return TVState(i + 1, x, z, u)
+
+
+def _joint_shrink(v: Tensor, threshold: float) -> Tensor:
+    """Soft threshold of the magnitude over the channels: v (k s c h w)."""
+    if v.shape[CHANNELS] == 1:
+        return shrink(v, threshold)
+    size = v.square().sum(CHANNELS, keepdim=True).sqrt()
+    return v * ((size - threshold).clamp_min(0) / size.clamp_min(torch.finfo(v.dtype).tiny))

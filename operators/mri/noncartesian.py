@@ -164,6 +164,10 @@ class NonCartesianMRI(LinearOperatorBase):
         readouts = v.unflatten(-1, (count, self.samples_per_readout or 1))
         return readouts.index_select(-2, torch.as_tensor(list(index), device=v.device)).flatten(-2)
 
+    def zero_filled(self, y: Tensor) -> Tensor:
+        """``pinv``: the adjoint, compensated for the density of the samples."""
+        return self.pinv(y)
+
     def fields(self) -> dict[str, Any]:
         """The constructor's arguments, without ``coils_at_once``: that is the machine's matter, not the scan's."""
         return {

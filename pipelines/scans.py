@@ -1,0 +1,77 @@
+"""Scans as pipelines see them: read, made into an operator, cut to some slices, put at their place in the world."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from invdiff.datasets import Measurements, Volume, read_htc2022, read_measurements
+from invdiff.operators import Whitened
+from invdiff.pipelines.budget import built
+from invdiff.priors import NoPrior
+from invdiff.reconstruction import reconstruct
+from invdiff.units import MU_WATER
+
+SLICED = {"mask": 3, "maps": 4, "trajectory": 3, "phase": 3}  # axes of a field whose first one is the slice
+
+
+def scan_of(path: Path, index: int = 0) -> Measurements:
+    """The scan that a file holds at ``index``: our own format, or an HTC2022 ``.mat``.
+
+    Raises:
+        ValueError: no such scan, or a file that cannot be read.
+    """
+    scans = [read_htc2022(path)] if path.suffix == ".mat" else read_measurements(path)
+    if not 0 <= index < len(scans):
+        raise ValueError(f"{path} holds {len(scans)} scans; index {index} is not among 0 to {len(scans) - 1}")
+    return scans[index]
+
+
+def as_volume(scan: Measurements, x: Tensor) -> Volume:
+    """An image (s c h w), HU for CT, at the scan's place in the world, to be stored in its source's axis order."""
+    unit = "HU" if scan.unit == "1/mm" else scan.unit
+    return Volume(x.float(), scan.affine, unit, scan.storage, {"name": "reconstruction", "sha256": scan.source_sha256})
+
+
+def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
+    """The whitened operator, the whitened y and its sigma_y, of a scan's description.
+
+    Raises:
+        ValueError: an unknown kind, fields it does not take, or a y that does not fit it.
+    """
+    operator = built(scan.kind, scan.fields)
+    if tuple(scan.y.shape) != tuple(operator.range.shape):
+        raise ValueError(
+            f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {tuple(operator.range.shape)}"
+        )
+    if scan.sqrt_w is None:
+        return operator, scan.y, float(scan.sigma_y or 0.0)
+    return Whitened(operator, scan.sqrt_w), scan.sqrt_w * scan.y, 1.0
+
+
+def baseline_slice(scan: Measurements, sampler: Any, index: int) -> Tensor:
+    """One slice (h w) in HU by a prior-free baseline, on the CPU."""
+    operator, y, sigma_y = operator_of(some_slices(scan, index))
+    return reconstruct(y, operator, NoPrior(), sampler, sigma_y, mu_water=scan.mu_water or MU_WATER).x[0, 0]
+
+
+def some_slices(scan: Measurements, index: int, count: int = 1) -> Measurements:
+    """The scan of ``count`` slices from ``index`` on."""
+    rows = slice(index, index + count)
+    weights = scan.sqrt_w if scan.sqrt_w is None or scan.sqrt_w.shape[0] == 1 else scan.sqrt_w[rows]
+    affine = scan.affine.copy()
+    affine[:, 3] += index * affine[:, 2]
+    fields = {k: _of_slices(k, v, rows, count) for k, v in scan.fields.items()}
+    return replace(scan, y=scan.y[rows], sqrt_w=weights, fields=fields, affine=affine)
+
+
+def _of_slices(key: str, value: Any, rows: slice, count: int) -> Any:
+    """A field of an operator for some of its slices."""
+    if key == "shape":
+        return (count, *tuple(value)[1:])
+    if key == "slices":
+        return count
+    return value[rows] if isinstance(value, Tensor) and value.ndim == SLICED.get(key) else value
