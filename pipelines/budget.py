@@ -295,28 +295,29 @@ def of_operator(operator: Any, fields: Mapping[str, Any]) -> Shapes:
 
 
 def budget_of(
-    shapes: Shapes,
     scan: Measurements,
     work: Work,
     prior: Prior,
     chunk: int,
     device: torch.device,
     home: torch.device,
+    given: Shapes | None = None,
 ) -> Budget:
     """What a run will take, counted on a few slices.
 
     Args:
-        shapes: of the operator.
         scan: read already.
         work: what is done with it.
         prior: on ``device``, not chunked.
         chunk: slices denoised at once; 0 is as many as half of the free memory holds.
         device: where the network is.
         home: where the volume is.
+        given: the shapes of an operator that is there; those of the scan's projector if None.
 
     Raises:
         ValueError: a scan, a prior and a sampler that do not fit each other.
     """
+    shapes = outline_of(scan) if given is None else given
     slices, *shape = shapes.domain.shape
     few = min(FEW, slices)
     spaces = [Space((few, *space.shape[1:]), space.dtype) for space in (shapes.domain, shapes.range)]

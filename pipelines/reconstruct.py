@@ -18,7 +18,7 @@ from invdiff.datasets import Measurements, Volume, write_nifti
 from invdiff.files import sha256_of, whole_file
 from invdiff.invented import Split, measured_or_invented
 from invdiff.noise import KeyedNoise
-from invdiff.pipelines.budget import Budget, Work, budget_of, check, largest_chunk, of_operator, outline_of
+from invdiff.pipelines.budget import Budget, Work, budget_of, check, largest_chunk, of_operator
 from invdiff.pipelines.compare import matched_truth
 from invdiff.pipelines.devices import DTYPES, device_of, dtype_of
 from invdiff.pipelines.memory import return_what_is_freed
@@ -33,7 +33,7 @@ from invdiff.pipelines.output import (
     write_volume,
 )
 from invdiff.pipelines.pictures import panel
-from invdiff.pipelines.scans import as_volume, baseline_slice, operator_of, scan_of
+from invdiff.pipelines.scans import as_volume, baseline_slice, notes_on, operator_of, scan_of
 from invdiff.pipelines.uncertainty import Map, added_record, draw_maps, map_names, maps_of
 from invdiff.priors import Averaged, Chunked, NoPrior, Offloaded, load
 from invdiff.priors.model import NetworkPrior
@@ -249,14 +249,13 @@ def within_memory(scan: Measurements, job: Job, plain: Prior, way: Way | None) -
     run, device, home = job.run, device_of(job.run.device), home_of(job.run)
     bare = plain.prior if isinstance(plain, Chunked) else plain
     work = Work(job.sampler, job.averaged.wrapped, job.gather, job.split)
-    if way is None:
-        outline = outline_of(scan)
-    else:
-        outline, bare, work = of_operator(way.operator, scan.fields), way.wrap(bare), replace(work, wrapped=lambda p: p)
-    budget = budget_of(outline, scan, work, bare, run.chunk, device, home)
+    given, shape = None, tuple(scan.fields["shape"]) if way is None else tuple(way.operator.domain.shape)
+    if way is not None:
+        given, bare, work = of_operator(way.operator, scan.fields), way.wrap(bare), replace(work, wrapped=lambda p: p)
+    budget = budget_of(scan, work, bare, run.chunk, device, home, given)
     note = check(budget, device, home)
     if not run.chunk and not isinstance(bare, NoPrior):
-        chunk = largest_chunk(bare, budget.chunk, outline.domain.shape[1:], home)
+        chunk = largest_chunk(bare, budget.chunk, shape[1:], home)
         bare = plain.prior if isinstance(plain, Chunked) else plain
         plain, budget = Chunked(bare, chunk), replace(budget, chunk=chunk)
     return job.averaged.wrapped(plain), budget, [note] if note else []
@@ -354,15 +353,6 @@ def _write(
         part.write_text(json.dumps(record, indent=2) + "\n")
     _picture(job, scan, volume, truth, way)
     draw_maps(lambda s: beside(job.out, s), maps, volume.data, volume.unit, None if truth is None else truth.data)
-
-
-def notes_on(prior: Prior, volume: Volume) -> list[str]:
-    """What a user should know of how the prior fits the scan."""
-    low, high = prior.info.pixel_mm  # type: ignore[attr-defined]
-    pixel = volume.spacing_mm[1]
-    if not high or low <= pixel <= high:
-        return []
-    return [f"the pixels are {pixel:.3g} mm; the prior was trained on {low:.3g} to {high:.3g} mm"]
 
 
 def _loop(

@@ -12,6 +12,7 @@ from invdiff.datasets import Measurements, Volume, read_htc2022, read_measuremen
 from invdiff.operators import Whitened
 from invdiff.pipelines.budget import built
 from invdiff.priors import NoPrior
+from invdiff.protocols import Prior
 from invdiff.reconstruction import reconstruct
 from invdiff.units import MU_WATER
 
@@ -50,6 +51,15 @@ def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
     if scan.sqrt_w is None:
         return operator, scan.y, float(scan.sigma_y or 0.0)
     return Whitened(operator, scan.sqrt_w), scan.sqrt_w * scan.y, 1.0
+
+
+def notes_on(prior: Prior, volume: Volume) -> list[str]:
+    """What a user should know of how the prior fits the scan."""
+    low, high = prior.info.pixel_mm  # type: ignore[attr-defined]
+    pixel = volume.spacing_mm[1]
+    if not high or low <= pixel <= high:
+        return []
+    return [f"the pixels are {pixel:.3g} mm; the prior was trained on {low:.3g} to {high:.3g} mm"]
 
 
 def baseline_slice(scan: Measurements, sampler: Any, index: int) -> Tensor:
