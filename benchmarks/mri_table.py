@@ -4,9 +4,9 @@ python benchmarks/mri_table.py --data FOLDER --out RESULTS [--threads 1]     run
 python benchmarks/mri_table.py --out RESULTS --table                         prints the tables
 
 The middle slice of every volume in FOLDER (2 x 2 averaged where pixels are below 0.6 mm): 8 simulated coils, a smooth
-random phase, noise of 1 % of the volume's 99.9 % quantile in every real component (and 5 % in one more row). Cartesian: random lines with 8 %
-(4 % at 8x) of the centre; radial: golden-angle spokes, as many as lines. Coil maps are ESPIRiT's: from the mask's own
-centre lines, for radial scans from a separate scan of 24 x 24 samples with the same noise. "magnitude": one channel
+random phase, noise of 1 % of the volume's 99.9 % quantile in every real component (5 % in one more row). Cartesian:
+random lines with 8 % (4 % at 8x) of the centre; radial: golden-angle spokes, as many as lines. Coil maps are ESPIRiT's:
+from the mask's own centre lines, for radial scans from a separate scan of 24 x 24 samples with the same noise. "magnitude": one channel
 under the phase of the low-resolution image; "complex": two channels. The weights of L1-wavelet and TV are the best of a
 grid for each cell, by the PSNR against the truth: that favours them. Ours run with their defaults.
 
