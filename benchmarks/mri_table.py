@@ -12,7 +12,8 @@ and TV are the best of a grid for each cell, by the PSNR against the truth: that
 defaults.
 
 Radial and complex scans are of the volumes in SLOW and FEW alone. DPS, SplitGibbs and DiffusionMBIR are slow and run in
-few cells (magnitude, Cartesian, volumes in SLOW); DiffusionMBIR takes three neighbouring slices, of which the middle one counts.
+few cells (magnitude, Cartesian, volumes in SLOW); DiffusionMBIR takes three neighbouring slices, of which the middle
+one counts.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def run(cell: Cell, path: Path, out: Path, prior: Any) -> None:
 
 
 def cells(names: list[str]) -> Iterator[Cell]:
-    """All of them, the most telling first; radial and complex scans of the volumes in SLOW and FEW."""
+    """All of them, the most telling first; radial and complex scans of few volumes."""
     few = [n for n in names if any(part in n for part in (*SLOW, *FEW))]
     for acceleration, name in product(CENTRE, names):
         yield Cell(name, acceleration, "cartesian", "magnitude", NOISE)
