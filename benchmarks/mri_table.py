@@ -11,7 +11,7 @@ from the mask's own centre lines, for radial scans from a separate scan of 24 x 
 and TV are the best of a grid for each cell, by the PSNR against the truth: that favours them. Ours run with their
 defaults.
 
-Radial and complex scans are of the volumes in SLOW and FEW alone. DPS, SplitGibbs and DiffusionMBIR are slow and run in
+Radial and complex scans are of the volumes in SLOW alone. DPS, SplitGibbs and DiffusionMBIR are slow and run in
 few cells (magnitude, Cartesian, volumes in SLOW); DiffusionMBIR takes three neighbouring slices, of which the middle
 one counts.
 """
@@ -52,7 +52,7 @@ COILS, NOISE, MORE_NOISE = 8, 1.0, 5.0  # percent
 CENTRE = {4: 0.08, 8: 0.04}
 FINE_MM = 0.6  # pixels below are averaged 2 x 2
 CALIBRATION = 24  # samples each way of the separate scan
-SLOW, FEW = ("T2W",), ("stripped",)  # parts of the names of the volumes that slow methods run on, and of more
+SLOW = ("T2W",)  # parts of the names of the volumes that slow methods, radial and complex scans are run on
 TUNED: dict[str, list[Any]] = {
     "L1-wavelet": [L1Wavelet(lam=lam) for lam in (5e-4, 2e-3, 8e-3)],
     "TV": [TV(steps=25, rho=0.05, lam=lam, lam_z=0.0) for lam in (3e-3, 1e-2)],
@@ -155,13 +155,13 @@ def run(cell: Cell, path: Path, out: Path, prior: Any) -> None:
 
 def cells(names: list[str]) -> Iterator[Cell]:
     """All of them, the most telling first; radial and complex scans of few volumes."""
-    few = [n for n in names if any(part in n for part in (*SLOW, *FEW))]
+    few = [n for n in names if any(part in n for part in SLOW)]
     for acceleration, name in product(CENTRE, names):
         yield Cell(name, acceleration, "cartesian", "magnitude", NOISE)
     for trajectory, channels in (("radial", "magnitude"), ("cartesian", "complex"), ("radial", "complex")):
         for acceleration, name in product(CENTRE, few):
             yield Cell(name, acceleration, trajectory, channels, NOISE)
-    for name in names:
+    for name in few:
         yield Cell(name, 4, "cartesian", "magnitude", MORE_NOISE)
 
 
