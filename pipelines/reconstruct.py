@@ -278,7 +278,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         DivergedError: NaN or a growing residual.
     """
     check_writable(job.out, map_names(job.gather, job.split))
-    scan = with_checked_maps(scan_of(job.scan, job.index), job.sampler)
+    scan = with_checked_maps(scan_of(job.scan, job.index), job.sampler, job.mri)
     way = way_of_job(scan, job)
     grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])) if way is None else way.first)
     truth = None if job.truth is None else matched_truth(grid, job.truth)
