@@ -80,7 +80,7 @@ class REDDiff:
     weight: str = "linear"
     order: str = "descending"
     draws: int = 1
-    newton_steps: int = 15
+    newton_steps: int = 40
     sigma_floor: float = 1e-3
     z_lam: float = 0.0
     z_width: float = 0.01
