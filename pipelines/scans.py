@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from invdiff.datasets import Measurements, Volume, read_htc2022, read_measurements
+from invdiff.datasets.read import is_raw
 from invdiff.operators import Whitened
 from invdiff.pipelines.budget import built
+from invdiff.pipelines.raw_mr import RawConfig, read_raw
 from invdiff.priors import NoPrior
 from invdiff.protocols import Prior
 from invdiff.reconstruction import reconstruct
@@ -19,13 +21,23 @@ from invdiff.units import MU_WATER
 SLICED = {"mask": 3, "maps": 4, "trajectory": 3, "phase": 3}  # axes of a field whose first one is the slice
 
 
-def scan_of(path: Path, index: int = 0) -> Measurements:
-    """The scan that a file holds at ``index``: our own format, or an HTC2022 ``.mat``.
+def scan_of(path: Path, index: int = 0, raw: RawConfig | None = None) -> Measurements:
+    """The scan that a file holds at ``index``: our own format, raw MR data of any that is read, or an HTC2022 ``.mat``.
+
+    Args:
+        path: of the file, or of a folder of BART's.
+        index: which scan.
+        raw: what is made of raw MR data, ``RawConfig()`` if None.
 
     Raises:
-        ValueError: no such scan, or a file that cannot be read.
+        ValueError: no such scan, a file that cannot be read, or ``raw`` for another format.
     """
-    scans = [read_htc2022(path)] if path.suffix == ".mat" else read_measurements(path)
+    if path.suffix != ".mat" and is_raw(path):
+        scans = [read_raw(path, raw)]
+    elif raw is not None:
+        raise ValueError(f"the table raw is for raw MR data; {path} is none")
+    else:
+        scans = [read_htc2022(path)] if path.suffix == ".mat" else read_measurements(path)
     if not 0 <= index < len(scans):
         raise ValueError(f"{path} holds {len(scans)} scans; index {index} is not among 0 to {len(scans) - 1}")
     return scans[index]
