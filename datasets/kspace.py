@@ -31,7 +31,7 @@ class KSpace:
         shape: (h w) of the image of non-Cartesian data.
         noise: (coil n) complex samples of a noise scan.
         calibration: (s coil h' w') complex: a separate scan of the centre of k-space, zero frequency at n // 2.
-        readout: the image axis along which a line is read, "h" or "w"; None where both are phase-encoded, or off the grid.
+        readout: the axis along which lines are read, "h" or "w"; None where both are phase-encoded, or off the grid.
         crop: (h w) that the scanner's image has after its readout oversampling (and fastMRI's 320 x 320) is cut away.
         storage: how a result is to be stored.
         source: name, sha256, format, and what the header says, such as sequence, tr_ms, te_ms; can be written as JSON.

@@ -1,7 +1,8 @@
-"""From a scanner's raw k-space to measurements: white noise of known size, coil maps, an operator, and what was done."""
+"""From a scanner's raw k-space to measurements: white noise of known size, coil maps, and what was done."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.datasets import KSpace, Measurements, Volume, read_kspace, without_oversampling
+from invdiff.config import build, with_overrides
+from invdiff.datasets import KSpace, Measurements, Volume, read_kspace, without_oversampling, write_measurements
 from invdiff.datasets.kspace import middle
 from invdiff.operators import CartesianMRI, NonCartesianMRI
 from invdiff.operators.mri.calibration import (
@@ -25,6 +27,7 @@ from invdiff.operators.mri.calibration import (
 from invdiff.operators.mri.espirit import espirit_maps
 from invdiff.operators.mri.fourier import centred_fft
 from invdiff.pipelines.mri import UNIT, MRSimulation, mask_of
+from invdiff.pipelines.output import check_writable, write_volume
 
 NOISES = ("auto", "scan", "edge", "none")
 KERNEL = 6  # samples to a side of ESPIRiT's patches
@@ -84,8 +87,8 @@ def read_raw(path: str | Path, how: RawConfig | None = None) -> Measurements:
 def measurements_of(kspace: KSpace, how: RawConfig | None = None) -> Measurements:
     """k-space without readout oversampling, in coils of white noise, with coil maps and the operator that it is of.
 
-    The coils are whitened by the matrix of determinant 1: the noise of all has the same ``sigma_y``, the geometric mean
-    of the uncorrelated parts of what it was, and k-space and image keep the scanner's unit. ``history`` says what was done.
+    The noise of all coils is brought to the same ``sigma_y``, the median of what it was, so that k-space and image keep
+    the scanner's unit. ``history`` says what was done.
 
     Args:
         kspace: as read.
@@ -116,7 +119,7 @@ def measurements_of(kspace: KSpace, how: RawConfig | None = None) -> Measurement
         "maps": origin,
     }
     if how.acceleration > 1:
-        kept = float(operator.mask.mean())
+        kept = float(operator.fields()["mask"].float().mean())
         names = ("acceleration", "mask", "centre", "seed")
         history["undersampled"] = {**{k: getattr(how, k) for k in names}, "share": kept}
     return Measurements(
@@ -130,6 +133,32 @@ def measurements_of(kspace: KSpace, how: RawConfig | None = None) -> Measurement
         storage=used.storage,
         history=history,
     )
+
+
+def convert(path: Path, out: Path, overrides: Sequence[str]) -> str:
+    """Write a measurement file, or where ``out`` is no .h5 the image of ``rss_of``; what to tell the user.
+
+    Raises:
+        ValueError: input that does not fit, an override of another table, or a path that cannot be written.
+    """
+    document = with_overrides({}, overrides)
+    other = [table for table in document if table != "raw"]
+    if other:
+        raise ValueError(f"no table {other[0]!r} here; raw is wanted")
+    how = build(RawConfig, document.get("raw", {}), "raw")
+    if out.suffix not in (".h5", ".hdf5"):
+        check_writable(out)
+        if how != RawConfig(frame=how.frame):
+            raise ValueError(f"{out} will hold the root of sum of squares, which takes raw.frame alone; .h5 takes all")
+        volume = rss_of(read_kspace(path, how.frame))
+        write_volume(out, volume)
+        s, _, h, w = volume.data.shape
+        return f"{out}: root of the sum of squares, {s} slices of {h} x {w} pixels of {volume.spacing_mm[1]:.3g} mm"
+    scan = read_raw(path, how)
+    write_measurements(out, [scan])
+    shape = " x ".join(map(str, scan.y.shape))
+    maps = scan.history["maps"]["from"]
+    return f"{out}: {scan.kind}, k-space {shape}, noise {scan.sigma_y:.3g}, coil maps from {maps}"
 
 
 def rss_of(kspace: KSpace) -> Volume:
@@ -163,10 +192,8 @@ def undersampled(kspace: KSpace, how: RawConfig) -> KSpace:
             "fully sampled scans, 1 is wanted"
         )
     h, w = kspace.image_shape
-    if kspace.readout == "w":
-        kept = mask_of(how.undersampling, (w, h)).T
-    else:
-        kept = mask_of(how.undersampling, (h, w))
+    lying = kspace.readout == "w"  # a mask's lines run along h
+    kept = mask_of(how.undersampling, (w, h)).T if lying else mask_of(how.undersampling, (h, w))
     mask = kspace.mask & kept
     return replace(kspace, data=kspace.data * mask.unsqueeze(-3), mask=mask)
 
@@ -181,7 +208,7 @@ def _has_gaps(mask: Tensor) -> bool:
 
 
 def _whitening(kspace: KSpace, source: str) -> tuple[Tensor, float, dict[str, Any]]:
-    """The matrix (coil coil) of determinant 1 after which all coils' noise is white, its deviation, and how."""
+    """The matrix (coil coil) after which the noise is white, its deviation, the coils' median, and how."""
     coils = kspace.data.shape[1]
     if source == "none":
         return torch.eye(coils, dtype=torch.complex128), 0.0, {"from": "none"}
@@ -194,12 +221,13 @@ def _whitening(kspace: KSpace, source: str) -> tuple[Tensor, float, dict[str, An
         factor, samples = 1.0, _edge(kspace)
         record = {"from": "edge of k-space"}
     try:
-        whitening = prewhitening(factor * noise_covariance(samples))
+        covariance = factor * noise_covariance(samples)
+        whitening = prewhitening(covariance)
     except ValueError as error:
         raise ValueError(
             f"{kspace.name}: {error} (noise from the {record['from']}; raw.noise=none takes k-space as it is)"
         ) from error
-    sigma = float(torch.exp(-whitening.diagonal().real.log().mean()))  # det(sigma whitening) = 1
+    sigma = float((covariance.diagonal().real / 2).sqrt().median())
     return sigma * whitening, sigma, {**record, "samples": samples.shape[1]}
 
 
@@ -320,12 +348,12 @@ def _prescan(kspace: KSpace, path: str) -> Tensor:
             f"{path} has {other.data.shape[0]} slices of {other.data.shape[1]} coils and {kspace.name} "
             f"{kspace.data.shape[0]} of {kspace.data.shape[1]}; the same are wanted for its calibration"
         )
-    views = [
-        [n * mm for n, mm in zip(one.image_shape, one.spacing_mm[1:], strict=True)] for one in (kspace, other)
-    ]
+    views = [[n * mm for n, mm in zip(one.image_shape, one.spacing_mm[1:], strict=True)] for one in (kspace, other)]
     if any(abs(a - b) > SAME_VIEW * a for a, b in zip(*views, strict=True)):
         said = [" x ".join(f"{mm:.4g}" for mm in view) for view in views]
-        raise ValueError(f"{path} has a field of view of {said[1]} mm, {kspace.name} of {said[0]} mm; the same is wanted")
+        raise ValueError(
+            f"{path} has a field of view of {said[1]} mm, {kspace.name} of {said[0]} mm; the same is wanted"
+        )
     centre = _centre(other)
     if centre is None:
         raise ValueError(f"{path} does not sample the centre of k-space; it cannot calibrate {kspace.name}")
