@@ -59,8 +59,6 @@ class KSpace:
         _check_complex(self.data, f"{name}: k-space")
         if self.data.dtype != torch.complex64:
             raise ValueError(f"{name}: k-space is {self.data.dtype}; torch.complex64 is wanted")
-        if not bool(self.data.any()):
-            raise ValueError(f"{name}: k-space of shape {tuple(self.data.shape)} is zero throughout")
         if self.readout not in (None, "h", "w"):
             raise ValueError(f"{name}: the readout is {self.readout!r}; 'h', 'w' or None is wanted")
         if (self.mask is None) == (self.trajectory is None):
@@ -69,6 +67,8 @@ class KSpace:
             self._check_samples()
         else:
             _check_grid(name, self.data, self.mask, self.shape, self.crop)
+        if not bool(self.data.any()):
+            raise ValueError(f"{name}: k-space of shape {tuple(self.data.shape)} is zero throughout")
         self._check_scans()
         object.__setattr__(self, "affine", checked_affine(self.affine, name))
 

@@ -90,14 +90,15 @@ def _read_hdf5(path: Path, frame: int) -> KSpace:
             if "schema" in file.attrs:
                 raise LookupError(f"{path} is a file of measurements ({file.attrs['schema']}), not raw data")
             kind = file["kspace"].dtype.kind if "kspace" in keys and isinstance(file["kspace"], h5py.Dataset) else ""
-            axes = file["kspace"].ndim if kind else 0
+            shape: tuple[int, ...] = file["kspace"].shape if kind else ()
     except LookupError as error:
         raise ValueError(str(error.args[0])) from error
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole HDF5 file: {error}") from error
     if "dataset" in keys:
         return read_ismrmrd(path, frame)
-    if kind == "f" and axes == 4 and "ismrmrd_header" not in keys:
+    # real (x, ky, kz, 2 coils); elsewhere the last axis is a spatial one, and real values are a mistake
+    if kind == "f" and len(shape) == 4 and shape[3] < min(shape[1:3]) and "ismrmrd_header" not in keys:
         return _only(read_calgary_campinas(path), frame)
     if kind:
         return _only(read_fastmri(path), frame)

@@ -34,6 +34,7 @@ CHANNELS = ("magnitude", "complex")
 MASKS = ("uniform", "random", "equispaced", "poisson", "radial")
 PRIOR_FREE = (FBP, CGLS, TV, ZeroFilled, SENSE, L1Wavelet)
 CENTRE = 0.125  # share of either axis of k-space whose image gives the phase, where no grid says what was sampled
+LEAST_HALF = 6  # of its width, samples: in a small image that share is too blurred for a phase that varies
 PHASE_LINES = 4  # fewer lines about the centre of k-space say nothing of the phase
 SENSE_RHO, SENSE_STEPS = 1e-2, 20  # of the image that says it then; the normal operator's norm is at most 1
 UNIT = "a.u."
@@ -164,7 +165,7 @@ def _phase_of(scan: Measurements, operator: Any, y: Tensor, first: Tensor) -> Te
             return low_resolution_phase(scan.y, region, maps)
         first = operator.solve(operator.adjoint(y), SENSE_RHO, iterations=SENSE_STEPS)
     h, w = first.shape[-2:]
-    half = [max(1, round(CENTRE * n / 2)) for n in (h, w)]
+    half = [min(max(LEAST_HALF, round(CENTRE * n / 2)), n // 2) for n in (h, w)]
     centre = Region(h // 2 - half[0], h // 2 + half[0], w // 2 - half[1], w // 2 + half[1])
     return low_resolution_phase(centred_fft(first), centre).cpu()
 

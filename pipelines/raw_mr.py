@@ -30,8 +30,7 @@ from invdiff.pipelines.mri import UNIT, MRSimulation, mask_of
 from invdiff.pipelines.output import check_writable, write_volume
 
 NOISES = ("auto", "scan", "edge", "none")
-KERNEL = 6  # samples to a side of ESPIRiT's patches
-LEAST = KERNEL + 2  # calibration lines: patches that are shifted by two are the fewest that say more than one
+LEAST = 8  # calibration lines: of fewer ESPIRiT's maps have holes, see ``kernel_for``
 SAMPLES_A_COIL = 10  # of noise: a covariance of fewer makes its coils look whiter than they are
 SAME_VIEW = 0.01  # fields of view that differ by less are one
 
@@ -292,7 +291,7 @@ def _maps(kspace: KSpace, prescan: Tensor | None) -> tuple[Tensor, dict[str, Any
             f"{kspace.name} has {lines} fully sampled lines about the centre of k-space; coil maps want {LEAST}: "
             f"{wider}raw.calibration=FILE takes them from another scan of these coils, raw.compress=1 needs no maps"
         )
-    maps = espirit_maps(data, shape, kernel=KERNEL).maps[0]
+    maps = espirit_maps(data, shape).maps[0]
     return maps, {"from": origin, "method": "espirit", "lines": list(data.shape[-2:])}
 
 
