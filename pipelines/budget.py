@@ -22,7 +22,7 @@ from invdiff.invented import Split, measured_or_invented
 from invdiff.operators import Whitened
 from invdiff.operators.ct.beam import MEMORY_MB, BeamOperator
 from invdiff.operators.linear import LinearOperatorBase
-from invdiff.pipelines.memory import Tally, free_bytes, out_of_memory
+from invdiff.pipelines.memory import OWN_BYTES, Tally, free_bytes, out_of_memory
 from invdiff.priors import Chunked, NoPrior
 from invdiff.problem import Prepared, prepare, prior_to_operator
 from invdiff.protocols import Prior, Space
@@ -34,6 +34,7 @@ STEPS = 3  # of the sampler that are counted
 SIGMA_Y = 0.01  # noise, prior units, at which every sampler does all that it may have to
 LEVEL = 1.0  # noise level, prior units, at which the network is tried
 TINY_MB = 1e-6  # of the projector's memory: none of its matrices is built
+HELD_SHARE = 1.5  # measured, where freed images stay with the allocator
 AUTO_SHARE = 0.5  # of the free memory, at most, where the chunk is to be found
 GB = 1e9
 
@@ -222,7 +223,9 @@ class Budget:
         slices: of the volume.
         network: (with no slice, more with each slice of a chunk).
         chunk: slices denoised at once.
+        image: of the whole volume, once.
         apart: the network is on another device than the volume.
+        spread: what the allocator holds over what is alive.
     """
 
     projector: int
@@ -231,7 +234,9 @@ class Budget:
     slices: int
     network: tuple[float, float]
     chunk: int
+    image: int
     apart: bool = False
+    spread: float = 1.0
 
     @property
     def activations(self) -> float:
@@ -243,8 +248,8 @@ class Budget:
     def bytes(self) -> int:
         """The most at once where the volume is."""
         s, v = self.slices, self.volume
-        with_network = v.at_denoiser * s + (0 if self.apart else self.activations)
-        run = self.projector + max(v.peak * s, with_network)
+        with_network = v.at_denoiser * s * self.spread + (0 if self.apart else self.activations)
+        run = self.projector + max(v.peak * s * self.spread, with_network)
         end = self.projector * 2 + self.building + v.at_end * s  # the picture's slice has its own projector
         return int(max(self.projector + self.building, run, end))
 
@@ -325,7 +330,10 @@ def budget_of(
     volume = volume_of(work, prior, Outline(spaces[0], spaces[1], shapes.unit), weights)
     silent = isinstance(prior, NoPrior)
     network = (0.0, 0.0) if silent else network_bytes(prior, tuple(shape), device, volume.differentiated)
-    budget = Budget(shapes.kept, shapes.building, volume, slices, network, chunk or slices, device != home)
+    image = math.prod(shapes.domain.shape) * shapes.domain.dtype.itemsize
+    spread = HELD_SHARE if home.type == "cpu" and image < OWN_BYTES[0] else 1.0
+    parts = shapes.kept, shapes.building, volume, slices, network
+    budget = Budget(*parts, chunk or slices, image, device != home, spread)
     free = free_bytes(device)
     while not chunk and free is not None and budget.chunk > 1 and budget.on_device > AUTO_SHARE * free:
         budget = replace(budget, chunk=math.ceil(budget.chunk / 2))

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 MEMINFO = Path("/proc/meminfo")  # Linux alone has them
 STATM = Path("/proc/self/statm")
 M_MMAP_THRESHOLD = -3  # glibc's mallopt(3)
-OWN_BYTES = 2**22  # blocks from this size on are the kernel's, as soon as they are freed
+OWN_BYTES = 2**24, 2**25  # least and most size from which on freed blocks can be the kernel's
 
 
 class Tally(TorchDispatchMode):
@@ -61,15 +61,15 @@ class Tally(TorchDispatchMode):
         self.alive -= size
 
 
-def return_what_is_freed() -> None:
-    """Have glibc give freed tensors back to the kernel, for the rest of this process; nothing elsewhere.
+def return_what_is_freed(size: int) -> None:
+    """Have glibc give freed tensors of ``size`` bytes and more back to the kernel, from now on; nothing elsewhere.
 
-    Left alone it keeps freed blocks of up to 32 MB, among which later ones find no room: a run of volumes just below
-    that took twice the memory that was alive.
+    Left alone it keeps freed blocks of up to 32 MB, among which later ones find no room: volumes just below that took
+    twice the memory that was alive. Below 16 MB they stay: a network's activations are quicker where they were before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, OWN_BYTES)
+        mallopt(M_MMAP_THRESHOLD, min(max(size, OWN_BYTES[0]), OWN_BYTES[1]))
 
 
 def free_bytes(device: torch.device) -> int | None:

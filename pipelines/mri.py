@@ -25,6 +25,7 @@ from invdiff.operators.mri.calibration import (
 )
 from invdiff.operators.mri.espirit import espirit_maps
 from invdiff.operators.mri.fourier import centred_fft
+from invdiff.operators.mri.grappa import grappa
 from invdiff.operators.mri.simulate import birdcage_maps, simulate_kspace, smooth_phase
 from invdiff.priors import MagnitudePhase, NoPrior, Rescaled
 from invdiff.protocols import Prior
@@ -51,12 +52,15 @@ class MRIConfig:
         deviation: of the imaginary part after turning, prior units, for ``complex``; see ``MagnitudePhase``.
         width: of the narrowest low pass of the phase, pixels, for ``complex``.
         quantile: of the zero-filled image that is 1 in the prior's a.u.
+        grappa: complete a Cartesian scan's k-space by GRAPPA before anything else, for prior-free samplers:
+            ``zero-filled`` is then the GRAPPA image.
     """
 
     channels: str = "magnitude"
     deviation: float = 0.02
     width: float = 5.0
     quantile: float = QUANTILE
+    grappa: bool = False
 
     def __post_init__(self) -> None:
         if self.channels not in CHANNELS:
@@ -88,14 +92,31 @@ class Way(NamedTuple):
         return turned.angle()
 
 
-def with_checked_maps(scan: Measurements, sampler: Any) -> Measurements:
-    """The scan, if it has coil maps with maps everywhere for generative samplers: see ``filled_maps``.
+def completed(scan: Measurements, sampler: Any) -> Measurements:
+    """The scan with k-space filled by GRAPPA, its mask full.
+
+    Raises:
+        ValueError: a scan that is not Cartesian, a sampler that weighs the data, or anything that ``grappa`` refuses.
+    """
+    if scan.kind != CartesianMRI.kind or not isinstance(sampler, PRIOR_FREE):
+        raise ValueError(
+            "mri.grappa is for cartesian-mri and prior-free samplers; "
+            f"this is {scan.kind} with {type(sampler).__name__}"
+        )
+    mask = scan.fields["mask"]
+    return replace(scan, y=grappa(scan.y, mask), fields={**scan.fields, "mask": torch.ones_like(mask)})
+
+
+def with_checked_maps(scan: Measurements, sampler: Any, how: MRIConfig | None = None) -> Measurements:
+    """The scan, if it has coil maps with maps everywhere for generative samplers: see ``filled_maps``; and completed.
 
     Prior-free ones keep maps that are cut to the body: for them outside is zero, which helps them.
 
     Raises:
         ValueError: maps that are not normalised.
     """
+    if how is not None and how.grappa:
+        scan = completed(scan, sampler)
     maps = scan.fields.get("maps")
     if not isinstance(maps, Tensor):
         return scan
@@ -135,7 +156,7 @@ def way_of(
     wanted = how.channels
     phase = _phase_of(scan, operator, y, first)[:, None] if wanted == "magnitude" else None
     adaptor = RealChannels(operator.domain.shape) if phase is None else KnownPhase(phase[:, 0].cpu())
-    record = {"channels": wanted, "scale": scale, "quantile": how.quantile, "unit": scan.unit}
+    record = {"channels": wanted, "scale": scale, "quantile": how.quantile, "unit": scan.unit, "grappa": how.grappa}
     if wanted == "complex":
         record |= {"deviation": how.deviation, "width": how.width}
     wrap = partial(_prior_of, sampler=sampler, scale=scale, how=how)

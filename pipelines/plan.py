@@ -13,7 +13,7 @@ from invdiff.datasets import Measurements
 from invdiff.noise import KeyedNoise
 from invdiff.pipelines.budget import GB, Budget
 from invdiff.pipelines.devices import device_of
-from invdiff.pipelines.memory import held_bytes, return_what_is_freed
+from invdiff.pipelines.memory import held_bytes
 from invdiff.pipelines.mri import with_checked_maps
 from invdiff.pipelines.reconstruct import Job, home_of, prior_for, prior_of, way_of_job, within_memory
 from invdiff.pipelines.scans import operator_of, scan_of, some_slices
@@ -55,7 +55,7 @@ class Plan:
         parts = {
             "libraries, weights and measurements": self.held,
             "projector": b.projector,
-            "volume: measurements, state and what a step needs": b.volume.peak * b.slices,
+            "volume: measurements, state and what a step needs": b.volume.peak * b.slices * b.spread,
             f"network, {min(b.chunk, b.slices)} slices at once": b.activations,
         }
         work = f"{self.steps} steps of {b.slices} slices"
@@ -72,8 +72,7 @@ def run(job: Job) -> Plan:
     Raises:
         ValueError: input that does not fit, or a run that does not fit into the free memory.
     """
-    return_what_is_freed()
-    scan = with_checked_maps(scan_of(job.scan, job.index, job.raw), job.sampler)
+    scan = with_checked_maps(scan_of(job.scan, job.index, job.raw), job.sampler, job.mri)
     prior, _ = prior_of(prior_for(job.prior, scan), job.run)
     prior, budget, notes = within_memory(scan, job, prior, way_of_job(scan, job))
     held = held_bytes(home_of(job.run))

@@ -257,6 +257,7 @@ def within_memory(scan: Measurements, job: Job, plain: Prior, way: Way | None) -
         given, bare, work = of_operator(way.operator, scan.fields), way.wrap(bare), replace(work, wrapped=lambda p: p)
     budget = budget_of(scan, work, bare, run.chunk, device, home, given)
     note = check(budget, device, home)
+    return_what_is_freed(budget.image)
     if not run.chunk and not isinstance(bare, NoPrior):
         chunk = largest_chunk(bare, budget.chunk, shape[1:], home)
         bare = plain.prior if isinstance(plain, Chunked) else plain
@@ -280,8 +281,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         DivergedError: NaN or a growing residual.
     """
     check_writable(job.out, map_names(job.gather, job.split))
-    return_what_is_freed()
-    scan = with_checked_maps(scan_of(job.scan, job.index, job.raw), job.sampler)
+    scan = with_checked_maps(scan_of(job.scan, job.index, job.raw), job.sampler, job.mri)
     way = way_of_job(scan, job)
     grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])) if way is None else way.first)
     truth = None if job.truth is None else matched_truth(grid, job.truth)

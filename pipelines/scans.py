@@ -84,7 +84,7 @@ def image_of(
     Raises:
         ValueError: a scan of real images, or parts that do not fit one another.
     """
-    scan = with_checked_maps(scan, sampler)
+    scan = with_checked_maps(scan, sampler, how)
     operator, y, sigma_y = operator_of(scan)
     way = way_of(scan, operator, y, sampler, how, False)
     if way is None:

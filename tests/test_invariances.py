@@ -27,9 +27,11 @@ from invdiff.samplers import (
     DDS,
     DPS,
     FBP,
+    SENSE,
     TV,
     DiffPIR,
     DiffusionMBIR,
+    L1Wavelet,
     PiGDM,
     REDDiff,
     Solver,
@@ -50,7 +52,14 @@ ORACLE: dict[str, Any] = {
     "daps": DAPS(steps=8, sigma_min=1e-4),
     "split-gibbs": SplitGibbs(steps=12, keep=2, rho_min=1e-4),
 }
-PRIOR_FREE: dict[str, Any] = {"fbp": FBP(), "cgls": CGLS(steps=4), "tv": TV(steps=20)}  # no denoiser: no oracle
+# No denoiser: no oracle
+PRIOR_FREE: dict[str, Any] = {
+    "fbp": FBP(),
+    "cgls": CGLS(steps=4),
+    "tv": TV(steps=20),
+    "sense": SENSE(steps=6),
+    "l1wavelet": L1Wavelet(steps=12, levels=2),
+}
 # Short runs for the metamorphic tests. Badly conditioned CG amplifies the rounding of float32 (to 6e-4 at worst here,
 # and to 1e-12 in float64): with these steps the scale alone is seen
 SHORT: dict[str, Any] = {
@@ -82,7 +91,8 @@ FACTORS = (1e-3, 1e3)
 
 def test_every_reconstructing_sampler_is_held_to_this() -> None:
     kinds = {k for k in registered("samplers") if not issubclass(find("samplers", k), Solver)}
-    assert kinds == {*ORACLE, *PRIOR_FREE} == {name.partition(",")[0] for name in SHORT}
+    adjoint = "zero-filled"  # is A^H y: a picture of k-space, and of a sinogram one whose residual is a diverged run's
+    assert kinds - {adjoint} == {*ORACLE, *PRIOR_FREE} == {name.partition(",")[0] for name in SHORT}
     assert all(find("samplers", k).estimate == "point estimate" for k in PRIOR_FREE)
 
 
@@ -264,10 +274,10 @@ def test_slices_move_with_their_noise(kind: str) -> None:
         assert moved(other, x[order]) > TOLERANCE
 
 
-@pytest.mark.parametrize("kind", [k for k in SHORT if k != "tv"])
+@pytest.mark.parametrize("kind", [k for k in SHORT if k not in ("tv", "l1wavelet")])
 def test_the_image_turns_with_the_geometry(kind: str) -> None:
-    """Every angle 90 degrees on, the same sinogram: the image turned. Not TV: forward differences prefer two of the
-    four directions."""
+    """Every angle 90 degrees on, the same sinogram: the image turned. Not TV, whose forward differences prefer two
+    of the four directions, nor wavelets, whose grid begins in a corner."""
     sampler = SHORT[kind]
     if kind == "reddiff, adam":
         sampler = replace(sampler, order="descending")
