@@ -101,7 +101,7 @@ def read_bart(
     held = (data != 0).any(1)
     mask = held[0] if bool((held == held[:1]).all()) else held
     affine = centred_affine((data.shape[0], data.shape[2], data.shape[3]), spacing_mm)
-    return KSpace(data=data, mask=mask, affine=affine, source=source)
+    return KSpace(data=data, mask=mask, affine=affine, readout="w", source=source)
 
 
 def write_bart(path: str | Path, kspace: KSpace) -> None:

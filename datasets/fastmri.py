@@ -55,6 +55,7 @@ def read_fastmri(path: str | Path) -> KSpace:
         mask=mask,
         affine=centred_affine((s, h, w), _spacing(header, (h, w))),
         crop=_crop((h, w), header),
+        readout="h",
         source=source,
     )
 

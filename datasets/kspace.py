@@ -31,6 +31,7 @@ class KSpace:
         shape: (h w) of the image of non-Cartesian data.
         noise: (coil n) complex samples of a noise scan.
         calibration: (s coil h' w') complex: a separate scan of the centre of k-space, zero frequency at n // 2.
+        readout: the axis along which lines are read, "h" or "w"; None where both are phase-encoded, or off the grid.
         crop: (h w) that the scanner's image has after its readout oversampling (and fastMRI's 320 x 320) is cut away.
         storage: how a result is to be stored.
         source: name, sha256, format, and what the header says, such as sequence, tr_ms, te_ms; can be written as JSON.
@@ -49,6 +50,7 @@ class KSpace:
     noise: Tensor | None = None
     calibration: Tensor | None = None
     crop: tuple[int, int] | None = None
+    readout: str | None = None
     storage: Storage = CANONICAL
     source: Mapping[str, Any] = field(default_factory=dict)
 
@@ -57,14 +59,16 @@ class KSpace:
         _check_complex(self.data, f"{name}: k-space")
         if self.data.dtype != torch.complex64:
             raise ValueError(f"{name}: k-space is {self.data.dtype}; torch.complex64 is wanted")
-        if not bool(self.data.any()):
-            raise ValueError(f"{name}: k-space of shape {tuple(self.data.shape)} is zero throughout")
+        if self.readout not in (None, "h", "w"):
+            raise ValueError(f"{name}: the readout is {self.readout!r}; 'h', 'w' or None is wanted")
         if (self.mask is None) == (self.trajectory is None):
             raise ValueError(f"{name}: one of mask and trajectory is wanted, not both and not none")
         if self.mask is None:
             self._check_samples()
         else:
             _check_grid(name, self.data, self.mask, self.shape, self.crop)
+        if not bool(self.data.any()):
+            raise ValueError(f"{name}: k-space of shape {tuple(self.data.shape)} is zero throughout")
         self._check_scans()
         object.__setattr__(self, "affine", checked_affine(self.affine, name))
 
@@ -206,7 +210,9 @@ def exchanged(kspace: KSpace) -> KSpace:
         track = None if kspace.trajectory is None else kspace.trajectory.flip(-1)
         return replace(kspace, affine=affine, trajectory=track, shape=shape, calibration=calibration)
     data, mask = kspace.data.transpose(-2, -1).contiguous(), kspace.mask.transpose(-2, -1).contiguous()
-    return replace(kspace, data=data, mask=mask, affine=affine, calibration=calibration, crop=crop)
+    readout = None if kspace.readout is None else {"h": "w", "w": "h"}[kspace.readout]
+    changes: dict[str, Any] = {"data": data, "mask": mask, "calibration": calibration, "crop": crop}
+    return replace(kspace, affine=affine, readout=readout, **changes)
 
 
 def _reversed(kspace: KSpace, axis: int) -> KSpace:

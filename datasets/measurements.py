@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Measurements:
         simulated: True for a simulation, False for what a scanner measured.
         source_sha256: of the file(s) that this came from.
         storage: in which axis order the image is to be stored.
+        history: what was done to the scanner's data before, and what their header says; can be written as JSON.
 
     Raises:
         ValueError: not exactly one of sigma_y and sqrt_w, a value that is NaN or infinite or of the wrong sign, a
@@ -53,6 +54,7 @@ class Measurements:
     simulated: bool = False
     source_sha256: str = ""
     storage: Storage = CANONICAL
+    history: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.kind or not self.unit:
@@ -152,6 +154,8 @@ def _write_scan(group: Any, scan: Measurements) -> None:
         group.attrs["mu_water"] = float(scan.mu_water)
     group.attrs["simulated"] = bool(scan.simulated)
     group.attrs["source_sha256"] = scan.source_sha256
+    if scan.history:
+        group.attrs["history"] = json.dumps(dict(scan.history))
 
 
 def _read_scan(group: Any) -> Measurements:
@@ -175,6 +179,7 @@ def _read_scan(group: Any) -> Measurements:
         simulated=bool(_attribute(group, "simulated")),
         source_sha256=str(_attribute(group, "source_sha256")),
         storage=Storage(tuple(axes), tuple(flips)),  # type: ignore[arg-type]
+        history=json.loads(group.attrs["history"]) if "history" in group.attrs else {},
     )
     spacing = np.asarray(_part(geometry, "spacing_mm")[()])
     if spacing.shape != (3,) or not np.allclose(spacing, scan.spacing_mm, rtol=1e-6, atol=0):

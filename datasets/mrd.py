@@ -89,6 +89,9 @@ def _kspace(records: NDArray[Any], header: MRDHeader, source: dict[str, Any], fr
     dwell = float(records[rest & ~only]["head"]["sample_time_us"][0])
     if dwell > 0:
         source = {**source, "dwell_us": dwell}
+    noise_dwell = float(records[has(flags, NOISE)]["head"]["sample_time_us"][0]) if noise is not None else 0.0
+    if noise_dwell > 0:
+        source = {**source, "noise_dwell_us": noise_dwell}
     if header.trajectory.lower() not in ("cartesian", "epi"):
         trajectories = [_trajectory(record) for record in records[rest & ~only]]
         return _off_grid(lines, trajectories, noise, header, source, frame)

@@ -61,6 +61,7 @@ def _facts(root: ET.Element) -> dict[str, Any]:
             found[key] = value
     for key, path in (
         ("field_T", "acquisitionSystemInformation/systemFieldStrength_T"),
+        ("noise_bandwidth", "acquisitionSystemInformation/relativeReceiverNoiseBandwidth"),
         ("tr_ms", "sequenceParameters/TR"),
         ("te_ms", "sequenceParameters/TE"),
         ("ti_ms", "sequenceParameters/TI"),

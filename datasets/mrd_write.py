@@ -107,7 +107,9 @@ def _fill(
     head["version"], head["scan_counter"] = 1, number
     head["number_of_samples"], head["active_channels"] = samples.shape[1], samples.shape[0]
     head["center_sample"] = counters.get("centre", 0)
-    head["sample_time_us"] = float(kspace.source.get("dwell_us", 0.0))
+    dwell = float(kspace.source.get("dwell_us", 0.0))
+    own = counters.get("flag") == NOISE
+    head["sample_time_us"] = float(kspace.source.get("noise_dwell_us", dwell)) if own else dwell
     if "flag" in counters:
         head["flags"] = np.uint64(1 << (counters["flag"] - 1))
     head["idx"]["slice"] = counters.get("slice", 0)

@@ -35,31 +35,53 @@ def read_volume(path: str | Path) -> Volume:
     return read_dicom(path)
 
 
-def read_kspace(path: str | Path) -> KSpace:
+def read_kspace(path: str | Path, frame: int = 0) -> KSpace:
     """Raw MR data, the format told by the content, slices as they look on a DICOM screen (``upright``).
 
     Args:
         path: an HDF5 file of ISMRMRD, fastMRI or Calgary-Campinas, a Siemens twix file, an array of BART (its .hdr or
             .cfl), or a folder that holds one.
+        frame: which of the frames (echo, cardiac phase, repetition, set) of ISMRMRD and twix; others hold one.
 
     Raises:
         ValueError: nothing there, none of these formats (with the keys of an HDF5 file), or what the reader refuses.
     """
     path = Path(path)
     if path.is_dir() or path.suffix.lower() in (".hdr", ".cfl"):
-        return upright(read_bart(path))
+        return upright(_only(read_bart(path), frame))
     path = existing_file(path)
     with path.open("rb") as file:
         hdf5 = file.read(8) == b"\x89HDF\r\n\x1a\n"
     if hdf5:
-        return upright(_read_hdf5(path))
+        return upright(_read_hdf5(path, frame))
     if is_twix(path):
-        return upright(read_twix(path))
+        return upright(read_twix(path, frame))
     wanted = "HDF5 (ISMRMRD, fastMRI, Calgary-Campinas), Siemens twix or BART"
     raise ValueError(f"{path} is no raw MR data that is read here: {wanted} is wanted")
 
 
-def _read_hdf5(path: Path) -> KSpace:
+def is_raw(path: Path) -> bool:
+    """Whether ``read_kspace`` is to read it: BART, twix, or HDF5 that is whole and not a file of measurements."""
+    import h5py
+
+    if path.is_dir() or path.suffix.lower() in (".hdr", ".cfl"):
+        return True
+    if not path.is_file():
+        return False
+    try:
+        with h5py.File(readable(path), "r") as file:
+            return "schema" not in file.attrs and not any(name.startswith("scan_") for name in file)
+    except (OSError, RuntimeError):
+        return is_twix(path)
+
+
+def _only(kspace: KSpace, frame: int) -> KSpace:
+    if frame:
+        raise ValueError(f"{kspace.name} holds one frame; there is no frame {frame}")
+    return kspace
+
+
+def _read_hdf5(path: Path, frame: int) -> KSpace:
     import h5py
 
     try:
@@ -68,17 +90,18 @@ def _read_hdf5(path: Path) -> KSpace:
             if "schema" in file.attrs:
                 raise LookupError(f"{path} is a file of measurements ({file.attrs['schema']}), not raw data")
             kind = file["kspace"].dtype.kind if "kspace" in keys and isinstance(file["kspace"], h5py.Dataset) else ""
-            axes = file["kspace"].ndim if kind else 0
+            shape: tuple[int, ...] = file["kspace"].shape if kind else ()
     except LookupError as error:
         raise ValueError(str(error.args[0])) from error
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole HDF5 file: {error}") from error
     if "dataset" in keys:
-        return read_ismrmrd(path)
-    if kind == "f" and axes == 4 and "ismrmrd_header" not in keys:
-        return read_calgary_campinas(path)
+        return read_ismrmrd(path, frame)
+    # real (x, ky, kz, 2 coils); elsewhere the last axis is a spatial one, and real values are a mistake
+    if kind == "f" and len(shape) == 4 and shape[3] < min(shape[1:3]) and "ismrmrd_header" not in keys:
+        return _only(read_calgary_campinas(path), frame)
     if kind:
-        return read_fastmri(path)
+        return _only(read_fastmri(path), frame)
     found = ", ".join(keys) or "nothing"
     raise ValueError(f"{path} holds {found}; kspace (fastMRI, Calgary-Campinas) or dataset (ISMRMRD) is wanted")
 

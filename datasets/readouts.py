@@ -112,6 +112,7 @@ def assemble(
         noise=noise,
         calibration=None if acs is None else torch.from_numpy(acs[:, :, 0]),
         crop=None if recon is None else (recon[1], recon[0]),
+        readout="w",
         source=facts,
     )
 

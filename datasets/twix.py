@@ -68,6 +68,10 @@ def read_twix(path: str | Path, frame: int = 0) -> KSpace:
         raise ValueError(f"{path.name}: its trajectory is number {trajectory}, not Cartesian: convert it to ISMRMRD")
     source = {"name": path.name, "format": "twix", "sha256": sha256_of([path]), **_facts(header)}
     sign = 1.0 if "pulseq" in str(source.get("sequence", "")).lower() else -1.0
+    noisy = [one for one in scans if any(block.is_flag_set("NOISEADJSCAN") for block in one["mdb"])]
+    if noisy and noisy[0] is not scan:  # a noise scan of its own has a header of its own
+        dwell = _facts(noisy[0]["hdr"]).get("dwell_us")
+        source |= {} if dwell is None else {"noise_dwell_us": dwell}
     lines, calibration = ([_readout(block, sign) for block in blocks] for blocks in (image, reference))
     noise = _noise(path, scans, lines[0].data.shape[0])
     return assemble(lines, calibration, noise, _encoding(header, image, lines), source, frame)

@@ -122,7 +122,7 @@ def _refuse_options(context: typer.Context, names: tuple[str, ...], operator: st
 @app.command()
 def reconstruct(
     scan: Annotated[
-        Path, typer.Argument(help="Measurements (.h5), raw data (HTC2022 .mat), or a TOML file that names them.")
+        Path, typer.Argument(help="Measurements (.h5), raw data (MR, HTC2022 .mat), or a TOML file that names them.")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value, such as sampler.rho=0.02.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="NIfTI file, or a folder name for DICOM.")] = None,
@@ -170,6 +170,20 @@ def reconstruct(
         console.print(f"note: {note}")
     if job.truth is not None:
         console.print(comparison.table(comparison.run(job.out, job.truth), str(job.out)))
+
+
+@app.command()
+def convert(
+    raw: Annotated[Path, typer.Argument(help="Raw MR data: ISMRMRD, fastMRI, Calgary-Campinas, twix, BART.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="raw.key=value, such as raw.compress=8.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Measurement file (.h5), or NIfTI or a folder.")] = Path(
+        "k.h5"
+    ),
+) -> None:
+    """Raw MR data to a measurement file; to NIfTI or DICOM: the root of the coils' sum of squares."""
+    from invdiff.pipelines import raw_mr as pipeline
+
+    console.print(pipeline.convert(raw, out, overrides or []), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -35,6 +35,9 @@ CHANNELS = ("magnitude", "complex")
 MASKS = ("uniform", "random", "equispaced", "poisson", "radial")
 PRIOR_FREE = (FBP, CGLS, TV, ZeroFilled, SENSE, L1Wavelet)
 CENTRE = 0.125  # share of either axis of k-space whose image gives the phase, where no grid says what was sampled
+LEAST_HALF = 6  # of its width, samples: in a small image that share is too blurred for a phase that varies
+PHASE_LINES = 4  # fewer lines about the centre of k-space say nothing of the phase
+SENSE_RHO, SENSE_STEPS = 1e-2, 20  # of the image that says it then; the normal operator's norm is at most 1
 UNIT = "a.u."
 
 
@@ -151,7 +154,7 @@ def way_of(
     first = operator.zero_filled(y)
     scale = image_scale(first, how.quantile)
     wanted = how.channels
-    phase = _phase_of(scan, first)[:, None] if wanted == "magnitude" else None
+    phase = _phase_of(scan, operator, y, first)[:, None] if wanted == "magnitude" else None
     adaptor = RealChannels(operator.domain.shape) if phase is None else KnownPhase(phase[:, 0].cpu())
     record = {"channels": wanted, "scale": scale, "quantile": how.quantile, "unit": scan.unit, "grappa": how.grappa}
     if wanted == "complex":
@@ -171,15 +174,30 @@ def _prior_of(prior: Prior, sampler: Any, scale: float, how: MRIConfig) -> Prior
     return scaled if how.channels == "magnitude" else MagnitudePhase(scaled, how.deviation, how.width)
 
 
-def _phase_of(scan: Measurements, first: Tensor) -> Tensor:
-    """The phase (s h w) of the low-resolution image: of the calibration lines on a grid, else of the first image."""
+def _phase_of(scan: Measurements, operator: Any, y: Tensor, first: Tensor) -> Tensor:
+    """The phase (s h w) of the low-resolution image: of the calibration lines on a grid, else of a first image.
+
+    On a grid without such lines that is a SENSE image: the zero-filled one is folded.
+    """
     mask, maps = scan.fields.get("mask"), scan.fields.get("maps")
     if isinstance(mask, Tensor) and scan.y.shape[-2:] == mask.shape[-2:] == first.shape[-2:]:
-        return low_resolution_phase(scan.y, find_acs(mask), maps)
+        region = _calibration_lines(mask)
+        if region is not None:
+            return low_resolution_phase(scan.y, region, maps)
+        first = operator.solve(operator.adjoint(y), SENSE_RHO, iterations=SENSE_STEPS)
     h, w = first.shape[-2:]
-    half = [max(1, round(CENTRE * n / 2)) for n in (h, w)]
+    half = [min(max(LEAST_HALF, round(CENTRE * n / 2)), n // 2) for n in (h, w)]
     centre = Region(h // 2 - half[0], h // 2 + half[0], w // 2 - half[1], w // 2 + half[1])
     return low_resolution_phase(centred_fft(first), centre).cpu()
+
+
+def _calibration_lines(mask: Tensor) -> Region | None:
+    """The fully sampled centre of k-space, if it is wide enough for a phase."""
+    try:
+        region = find_acs(mask)
+    except ValueError:
+        return None
+    return region if min(region.bottom - region.top, region.right - region.left) >= PHASE_LINES else None
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def run(job: Job) -> Plan:
     Raises:
         ValueError: input that does not fit, or a run that does not fit into the free memory.
     """
-    scan = with_checked_maps(scan_of(job.scan, job.index), job.sampler, job.mri)
+    scan = with_checked_maps(scan_of(job.scan, job.index, job.raw), job.sampler, job.mri)
     prior, _ = prior_of(prior_for(job.prior, scan), job.run)
     prior, budget, notes = within_memory(scan, job, prior, way_of_job(scan, job))
     held = held_bytes(home_of(job.run))

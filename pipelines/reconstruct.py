@@ -33,6 +33,7 @@ from invdiff.pipelines.output import (
     write_volume,
 )
 from invdiff.pipelines.pictures import panel
+from invdiff.pipelines.raw_mr import RawConfig
 from invdiff.pipelines.scans import as_volume, baseline_slice, notes_on, operator_of, scan_of
 from invdiff.pipelines.uncertainty import Map, added_record, draw_maps, map_names, maps_of
 from invdiff.priors import Averaged, Chunked, NoPrior, Offloaded, load
@@ -113,6 +114,7 @@ class Job:
     gather: Gather | None = None
     split: Split | None = None
     mri: MRIConfig | None = None
+    raw: RawConfig | None = None
 
     @property
     def document(self) -> dict[str, Any]:
@@ -127,8 +129,8 @@ class Job:
         }
         if self.gather is not None:
             document["samples" if isinstance(self.gather, Spread) else "best"] = asdict(self.gather)
-        if self.mri is not None:
-            document["mri"] = asdict(self.mri)
+        tables = {"mri": self.mri, "raw": self.raw}
+        document |= {name: asdict(table) for name, table in tables.items() if table is not None}
         return document if self.split is None else {**document, "invented": asdict(self.split)}
 
 
@@ -139,7 +141,7 @@ def kind_of(sampler: Any) -> str:
 
 TABLES: dict[str, tuple[str, ...]] = {
     "input": ("scan", "index"), "prior": (), "output": ("path", "truth"), "run": (), "sampler": (),
-    "samples": (), "best": (), "invented": (), "mri": (),
+    "samples": (), "best": (), "invented": (), "mri": (), "raw": (),
 }  # fmt: skip
 
 
@@ -181,6 +183,7 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
         gather=_gather_of(document),
         split=build(Split, document["invented"], "invented") if "invented" in document else None,
         mri=build(MRIConfig, document["mri"], "mri") if "mri" in document else None,
+        raw=build(RawConfig, document["raw"], "raw") if "raw" in document else None,
     )
 
 
@@ -278,7 +281,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         DivergedError: NaN or a growing residual.
     """
     check_writable(job.out, map_names(job.gather, job.split))
-    scan = with_checked_maps(scan_of(job.scan, job.index), job.sampler, job.mri)
+    scan = with_checked_maps(scan_of(job.scan, job.index, job.raw), job.sampler, job.mri)
     way = way_of_job(scan, job)
     grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])) if way is None else way.first)
     truth = None if job.truth is None else matched_truth(grid, job.truth)
@@ -305,12 +308,13 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         **result.record,
         **tables,
         **({} if way is None else {"mri": way.record}),
+        **({"history": scan.history} if scan.history else {}),
         "config": job.document,
         "seconds": round(seconds, 2),
         "chunk": budget.chunk,
         "fingerprint": key,
         "prior_sha256": weights,
-        "scan_sha256": sha256_of([job.scan]),
+        "scan_sha256": sha256_of([job.scan]) if job.scan.is_file() else scan.source_sha256,
         "source_sha256": scan.source_sha256,
         "notes": [*fitted, *resumption, *notes_on(prior, volume), *notes],
         "versions": versions(),

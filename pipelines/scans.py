@@ -9,23 +9,36 @@ from typing import Any
 from torch import Tensor
 
 from invdiff.datasets import Measurements, Volume, read_htc2022, read_measurements
+from invdiff.datasets.read import is_raw
 from invdiff.operators import Whitened
 from invdiff.pipelines.budget import built
+from invdiff.pipelines.mri import MRIConfig, way_of, with_checked_maps
+from invdiff.pipelines.raw_mr import RawConfig, read_raw
 from invdiff.priors import NoPrior
 from invdiff.protocols import Prior
-from invdiff.reconstruction import reconstruct
+from invdiff.reconstruction import Result, reconstruct
 from invdiff.units import MU_WATER
 
 SLICED = {"mask": 3, "maps": 4, "trajectory": 3, "phase": 3}  # axes of a field whose first one is the slice
 
 
-def scan_of(path: Path, index: int = 0) -> Measurements:
-    """The scan that a file holds at ``index``: our own format, or an HTC2022 ``.mat``.
+def scan_of(path: Path, index: int = 0, raw: RawConfig | None = None) -> Measurements:
+    """The scan that a file holds at ``index``: our own format, raw MR data of any that is read, or an HTC2022 ``.mat``.
+
+    Args:
+        path: of the file, or of a folder of BART's.
+        index: which scan.
+        raw: what is made of raw MR data, ``RawConfig()`` if None.
 
     Raises:
-        ValueError: no such scan, or a file that cannot be read.
+        ValueError: no such scan, a file that cannot be read, or ``raw`` for another format.
     """
-    scans = [read_htc2022(path)] if path.suffix == ".mat" else read_measurements(path)
+    if path.suffix != ".mat" and is_raw(path):
+        scans = [read_raw(path, raw)]
+    elif raw is not None:
+        raise ValueError(f"the table raw is for raw MR data; {path} is none")
+    else:
+        scans = [read_htc2022(path)] if path.suffix == ".mat" else read_measurements(path)
     if not 0 <= index < len(scans):
         raise ValueError(f"{path} holds {len(scans)} scans; index {index} is not among 0 to {len(scans) - 1}")
     return scans[index]
@@ -51,6 +64,34 @@ def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
     if scan.sqrt_w is None:
         return operator, scan.y, float(scan.sigma_y or 0.0)
     return Whitened(operator, scan.sqrt_w), scan.sqrt_w * scan.y, 1.0
+
+
+def image_of(
+    scan: Measurements, sampler: Any, prior: Prior | None = None, how: MRIConfig | None = None, seed: int = 0
+) -> tuple[Volume, Tensor, Result]:
+    """An MR scan reconstructed in memory, as ``invdiff reconstruct`` does it: magnitude, phase, all that is known.
+
+    Args:
+        scan: of complex images, such as from ``read_raw``.
+        sampler: baseline or generative.
+        prior: in a.u., such as ``load("brain-mr")``; None for baselines.
+        how: channels and scale.
+        seed: of all noise.
+
+    Returns:
+        The magnitude in the scanner's unit, the phase (s 1 h w) in radians, and the result as the sampler sees it.
+
+    Raises:
+        ValueError: a scan of real images, or parts that do not fit one another.
+    """
+    scan = with_checked_maps(scan, sampler, how)
+    operator, y, sigma_y = operator_of(scan)
+    way = way_of(scan, operator, y, sampler, how, False)
+    if way is None:
+        raise ValueError(f"the scan of kind {scan.kind!r} is of real images; complex ones are wanted")
+    whole = way.wrap(NoPrior() if prior is None else prior)
+    result = reconstruct(y, way.operator, whole, sampler, sigma_y, seed)
+    return as_volume(scan, way.magnitude(result.x)), way.angle(result.x), result
 
 
 def notes_on(prior: Prior, volume: Volume) -> list[str]:

@@ -256,7 +256,7 @@ GOOD = torch.ones(1, 4, 20, 21, dtype=torch.complex64)
         (lambda: espirit_maps(GOOD.real, (20, 21)), "complex .s coil h w. is wanted"),
         (lambda: espirit_maps(GOOD * float("nan"), (20, 21)), "NaN or infinite"),
         (lambda: espirit_maps(0 * GOOD, (20, 21)), "calibration data are zero"),
-        (lambda: espirit_maps(GOOD[..., :4], (20, 21)), "4 calibration lines for kernels of 6"),
+        (lambda: espirit_maps(GOOD[..., :4], (20, 21), kernel=6), "4 calibration lines for kernels of 6"),
         (lambda: espirit_maps(GOOD, (20, 21), sets=5), "5 sets of maps for 4 coils"),
         (lambda: noise_covariance(noise((4, 3))), "3 samples of noise for 4 coils"),
         (lambda: noise_covariance(torch.ones(2, 9)), r"complex \(coil n\) is wanted"),
