@@ -18,6 +18,7 @@ MAY: dict[str, set[str]] = {
     "invdiff.files": set(),
     "invdiff.metrics": set(),
     "invdiff.config": set(),
+    "invdiff.circuits": {"invdiff.protocols", "invdiff.files"},
     "invdiff.priors": {"invdiff.protocols", "invdiff.files", "invdiff.config"},
     "invdiff.posterior": {"invdiff.protocols", "invdiff.priors"},
     "invdiff.calibration": {"invdiff.posterior"},
