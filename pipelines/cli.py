@@ -208,6 +208,24 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
 
 
+@app.command("train-circuit")
+def train_circuit(
+    config: Annotated[Path, typer.Argument(help="TOML file, such as examples/train-circuit-brain-mr.toml.")],
+    data: Annotated[Path, typer.Option(help="Folder with HDF5 slices, NIfTI files or DICOM series.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+) -> None:
+    """Learn a probabilistic circuit over a grid on the image, which steers a prior (invdiff inpaint --steer)."""
+    from invdiff.pipelines import train_circuit as pipeline
+
+    try:
+        pipeline.run(config, data, out, resume, console)
+    except KeyboardInterrupt:
+        kept = (out / pipeline.STATE_FILE).exists()
+        errors.print(f"interrupted; {out} holds the run: with --resume it goes on" if kept else "interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
 def main() -> None:
     """The entry point: errors of the user's making become one sentence and exit code 2."""
     from invdiff.run import DivergedError

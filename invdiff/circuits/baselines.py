@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,25 +26,25 @@ def factorised(inputs: Inputs, x: Tensor, pseudocount: float) -> Circuit:
     return k_means_start(structure, inputs, x, 1, pseudocount, seed=0).circuit
 
 
-def chow_liu(x: Tensor, levels: int, pseudocount: float, bins: int = 8) -> Circuit:
+def chow_liu(x: Tensor, levels: int, pseudocount: float, parents: Sequence[int] | None = None) -> Circuit:
     """The tree of greatest likelihood over discrete variables (Chow & Liu 1968), as a circuit whose states are levels.
 
     Args:
         x: levels (n v), int64, complete.
         levels: C.
         pseudocount: images' worth of counts that every level of a parent has more, spread as the child's marginal.
-        bins: of the histograms of the mutual information.
+        parents: of every variable, -1 for the root; of the mutual information of all levels if None.
     """
     v = x.shape[1]
-    parents = chow_liu_parents(mutual_information(x, bins))
-    structure = Structure.sorted_by_depth(parents, range(v))
-    place = torch.tensor(structure.owner)
-    hot = torch.nn.functional.one_hot(x.T, levels).float()[place.argsort()]
-    above = hot[[max(0, p) for p in structure.parent]]
-    weights = _probabilities(above.transpose(1, 2) @ hot, pseudocount)
-    root = _probabilities(hot[0].sum(0)[None, None], pseudocount)[0, 0]
+    tree = chow_liu_parents(mutual_information(x, levels)) if parents is None else parents
+    structure = Structure.sorted_by_depth(tree, range(v))
+    sorted_x = x.T[torch.tensor(structure.owner).argsort()]
+    above = sorted_x[[max(0, p) for p in structure.parent]]
+    index = (torch.arange(v)[:, None] * levels + above) * levels + sorted_x
+    counts = torch.bincount(index.flatten(), minlength=v * levels**2).float().view(v, levels, levels)
+    root = _probabilities(counts[0].sum(0)[None, None], pseudocount)[0, 0]
     table = torch.full((levels, levels), -math.inf).fill_diagonal_(0.0)
-    return Circuit(structure, Categorical(table.expand(v, -1, -1)), root, weights)
+    return Circuit(structure, Categorical(table.expand(v, -1, -1)), root, _probabilities(counts, pseudocount))
 
 
 def bits_per_dimension(circuit: Circuit, x: Tensor, batch: int = 64) -> float:

@@ -70,7 +70,7 @@ class Circuit:
         bad = [n for n, t in self.inputs.tensors.items() if t.shape[0] != groups]
         if bad:
             raise ValueError(f"inputs.{bad[0]} is of {self.inputs.tensors[bad[0]].shape[0]} variables; {groups} are")
-        for name, p in (("root", self.root), ("weights", self.weights)):
+        for name, p in (("root", self.root.detach()), ("weights", self.weights.detach())):
             if not bool((p >= 0).all()) or float((p.sum(-1) - 1).abs().max()) > SUM_TOLERANCE:
                 raise ValueError(f"the {name} are not probabilities: none below 0 and sums of 1 are wanted")
 
