@@ -19,7 +19,7 @@ MAY: dict[str, set[str]] = {
     "invdiff.metrics": set(),
     "invdiff.config": set(),
     "invdiff.circuits": {"invdiff.protocols", "invdiff.files"},
-    "invdiff.priors": {"invdiff.protocols", "invdiff.files", "invdiff.config"},
+    "invdiff.priors": {"invdiff.protocols", "invdiff.files", "invdiff.config", "invdiff.circuits"},
     "invdiff.posterior": {"invdiff.protocols", "invdiff.priors"},
     "invdiff.calibration": {"invdiff.posterior"},
     "invdiff.problem": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.units"},
