@@ -29,12 +29,14 @@ from invdiff.samplers import (
     FBP,
     GHVB,
     TV,
+    CoPaint,
     DiffPIR,
     DiffusionMBIR,
     DPMpp2M,
     Heun,
     PiGDM,
     REDDiff,
+    RePaint,
     SplitGibbs,
 )
 
@@ -54,6 +56,8 @@ SHORT: dict[str, Any] = {
     "diffpir": DiffPIR(steps=6),
     "ddnm": DDNM(steps=6),
     "daps": DAPS(steps=4, ode_steps=3),
+    "repaint": RePaint(levels=4, jump=2, repeats=2),
+    "copaint": CoPaint(steps=4),
     "split-gibbs": SplitGibbs(steps=5, keep=2, prior_steps=2, rho_min=0.03),
     "fbp": FBP(),
     "cgls": CGLS(steps=4),
@@ -73,7 +77,7 @@ WAYS: dict[str, Any] = {
     "ghvb, 1": GHVB(steps=6, order=1, grid="geometric"),
 }
 SOLVERS = ("ddim", "ddpm", "heun", "dpmpp2m", "deis3m", "ghvb")
-GUIDED = ("dps", "pigdm", "diffpir", "ddnm", "daps", "split-gibbs")
+GUIDED = ("dps", "pigdm", "diffpir", "ddnm", "daps", "repaint", "copaint", "split-gibbs")
 UNCOUPLED: dict[str, Any] = {
     **{kind: SHORT[kind] for kind in (*SOLVERS, *GUIDED)},
     "daps, langevin": WAYS["daps, langevin"],

@@ -1,6 +1,7 @@
 """Samplers, unconditional solvers and prior-free baselines, one algorithm a file, on the seams of ``protocols``."""
 
 from invdiff.samplers.classical import CGLS, FBP, TV
+from invdiff.samplers.copaint import CoPaint
 from invdiff.samplers.daps import DAPS
 from invdiff.samplers.ddim import DDIM
 from invdiff.samplers.ddnm import DDNM
@@ -16,6 +17,7 @@ from invdiff.samplers.gibbs import SplitGibbs
 from invdiff.samplers.heun import Heun
 from invdiff.samplers.pigdm import PiGDM
 from invdiff.samplers.reddiff import REDDiff
+from invdiff.samplers.repaint import RePaint
 from invdiff.samplers.solver import Solver
 
 __all__ = [
@@ -30,12 +32,14 @@ __all__ = [
     "FBP",
     "GHVB",
     "TV",
+    "CoPaint",
     "DPMpp2M",
     "DiffPIR",
     "DiffusionMBIR",
     "Heun",
     "PiGDM",
     "REDDiff",
+    "RePaint",
     "Solver",
     "SplitGibbs",
 ]
