@@ -82,12 +82,21 @@ class GridInfo:
         value, number = (self._blocks(part) for part in (x * weight, weight))
         return Pooled(value / number.clamp_min(1), number)
 
-    def _blocks(self, x: Tensor) -> Tensor:
-        """Sums over cells of an image cropped or padded with zeros round its middle: (s 1 h w) -> (s v)."""
+    def cut(self, x: Tensor, value: float) -> Tensor:
+        """The grid's pixels (s 1 rows*block columns*block) of images (s 1 h w), ``value`` beyond their edges."""
         h, w = x.shape[2:]
         top, left = (h - self.rows * self.block) // 2, (w - self.columns * self.block) // 2
         pad = (-left, self.columns * self.block - w + left, -top, self.rows * self.block - h + top)
-        x = torch.nn.functional.pad(x[:, 0], pad)
+        return torch.nn.functional.pad(x, pad, value=value)
+
+    def put(self, x: Tensor, h: int, w: int) -> Tensor:
+        """The grid's pixels in the middle of images (s 1 h w), 0 beyond the grid: the adjoint of ``cut`` with 0."""
+        top, left = (h - x.shape[2]) // 2, (w - x.shape[3]) // 2
+        return torch.nn.functional.pad(x, (left, w - left - x.shape[3], top, h - top - x.shape[2]))
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """Sums over cells: (s 1 h w) -> (s v)."""
+        x = self.cut(x, 0.0)
         return x.reshape(len(x), self.rows, self.block, self.columns, self.block).sum((2, 4)).flatten(1)
 
     def spread(self, cells: Tensor, h: int, w: int) -> Tensor:
@@ -95,8 +104,7 @@ class GridInfo:
         x = torch.nn.functional.interpolate(
             cells[:, None], scale_factor=self.block, mode="bilinear", align_corners=False
         )
-        top, left = (h - self.rows * self.block) // 2, (w - self.columns * self.block) // 2
-        return torch.nn.functional.pad(x, (left, w - left - x.shape[3], top, h - top - x.shape[2]))
+        return self.put(x, h, w)
 
 
 class Cells(NamedTuple):
