@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--masks", default="half,box,stripes,expanding,free-form,lesion,truncated")
     parser.add_argument("--samplers", default="DDIM projection,RePaint,CoPaint,DDS")
-    parser.add_argument("--stops", default="none,25")
+    parser.add_argument("--stops", default="none,5")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
     found: dict[str, dict[str, float]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}

@@ -24,7 +24,7 @@ from invdiff.pipelines.output import beside, check_writable, checkpoint_path, ve
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.reconstruct import Progress, RunConfig, check_tables, device_of, kind_of, notes_on, prior_of
 from invdiff.priors import Steered
-from invdiff.priors.steered import check_range
+from invdiff.priors.steered import SIGMA_STOP, check_range
 from invdiff.problem import prepare
 from invdiff.protocols import Prior, Problem
 from invdiff.reconstruction import run_record
@@ -49,7 +49,7 @@ class SteerConfig:
 
     kind: str = "none"
     circuit: str = ""
-    sigma_stop: float = 25.0
+    sigma_stop: float = SIGMA_STOP
 
     def __post_init__(self) -> None:
         if self.kind not in ("none", "circuit"):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from invdiff.circuits import Circuit, Gaussian, GridInfo, ImageCircuit, Structure
+import invdiff.circuits
+from invdiff.circuits import MISSING, Circuit, Gaussian, GridInfo, ImageCircuit, Structure, shipped
+from invdiff.circuits import load as load_circuit
 from invdiff.noise import KeyedNoise
 from invdiff.priors import Chunked, GaussianPrior, PriorInfo, Steered
+from invdiff.priors import load as load_prior
 from invdiff.priors.schedules import Discrete
-from invdiff.priors.steered import share
+from invdiff.priors.steered import check_range, share
 from invdiff.problem import unconditional
 from invdiff.run import iterate
 from invdiff.samplers import DDIM
@@ -62,7 +67,7 @@ def test_the_share_is_the_published_one() -> None:
         sigma = Discrete().sigmas[step : step + 1]
         wanted = 0.8 + 0.2 * math.exp(-2 * step / 1000)
         assert abs(float(share(sigma)) - wanted) < 1e-6
-    assert abs(float(share(torch.tensor([1e4]))) - 0.8271) < 1e-4
+    assert abs(float(share(torch.tensor([1e4]))) - 0.8271) < 1e-4  # t stops at T - 1
 
 
 def test_a_circuit_that_knows_no_more_than_the_denoiser_changes_nothing() -> None:
@@ -226,3 +231,19 @@ class Described(Flat):
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_circuit_fits_the_prior_of_its_name_and_beats_its_baselines(name: str) -> None:
+    circuit, info = load_circuit(name), load_prior(name).info
+    check_range(circuit, info)
+    x = torch.full((1, 1024), MISSING)
+    assert abs(float(circuit.circuit.log_likelihood(x))) < 1e-2
+    folder = Path(invdiff.circuits.__file__).parent / "weights" / name
+    bits = json.loads((folder / "config.json").read_text())["held_out_bits_per_cell"]
+    assert bits["circuit"] < bits["chow-liu"] < bits["factorised"]
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 40e6
+
+
+def test_brain_mr_is_shipped() -> None:
+    assert "brain-mr" in shipped()
