@@ -21,7 +21,7 @@ from torch import Tensor
 ROOT = -1  # parent of the root
 TIES_OF_SUMS = ("none", "depth")
 TIES_OF_INPUTS = ("none", "all")
-PAIRS_AT_ONCE = 2**26  # numbers of a block of joint histograms
+PAIRS_AT_ONCE = 2**24  # numbers of a block of joint histograms
 
 
 @dataclass(frozen=True)
