@@ -182,7 +182,7 @@ def inpaint(
         "mask.nii.gz"
     ),
     prior: Annotated[str, typer.Option(help="A shipped prior, or a prior's folder.")] = "brain-mr",
-    sampler: Annotated[str, typer.Option(help="ddnm, repaint, copaint, dds, ...")] = "ddnm",
+    sampler: Annotated[str, typer.Option(help="dds, ddnm, repaint, copaint, ...")] = "dds",
     steer: Annotated[
         str, typer.Option(help="none, or circuit: by a circuit's exact posterior at high noise.")
     ] = "none",

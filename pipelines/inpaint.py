@@ -14,7 +14,7 @@ from torch import Tensor
 
 from invdiff.circuits import load as load_circuit
 from invdiff.circuits.images import ImageCircuit
-from invdiff.config import build, fields_of, find, with_overrides
+from invdiff.config import build, find, with_overrides
 from invdiff.datasets import Volume, read_nifti, read_volume
 from invdiff.files import sha256_of, whole_file
 from invdiff.noise import KeyedNoise
@@ -34,6 +34,14 @@ TABLES: dict[str, tuple[str, ...]] = {
     "input": ("volume", "mask"), "prior": ("name",), "steer": (), "sampler": (), "run": (), "output": ("path",),
 }  # fmt: skip
 SIGMA_MAX = 100.0  # where runs start: what is far from the known is decided at high noise
+# Slices that are filled in need not be neighbours, and pixels are known exactly
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "dds": {"lam": 0.0, "anchor": 0.0, "cg_steps": 1},
+    "ddnm": {"eta": 0.0, "cg_steps": 1},
+    "repaint": {"cg_steps": 1},
+    "reddiff": {"z_lam": 0.0},
+}
+COUPLED = ("diffusionmbir",)
 QUANTILE = 0.999  # of the known non-zero voxels of an MR volume, which becomes 1
 
 
@@ -91,20 +99,20 @@ def resolve(flags: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) ->
     document = with_overrides(given, overrides)
     check_tables(document, TABLES)
     table = dict(document["sampler"])
-    kind = find("samplers", table.pop("kind"))
-    if kind.estimate == "prior sampler" or not hasattr(kind, "sigma_max"):
+    name = str(table.pop("kind"))
+    kind = find("samplers", name)
+    if kind.estimate == "prior sampler" or not hasattr(kind, "sigma_max") or name in COUPLED:
         raise ValueError(
-            f"{document['sampler']['kind']!r} does not fill in what a prior believes; "
-            "a sampler that does is wanted, such as ddnm, repaint, copaint or dds"
+            f"{name!r} does not fill in slices from a prior, each for itself; "
+            "a sampler that does is wanted, such as dds, ddnm, repaint or copaint"
         )
-    if "sigma_max" in fields_of(kind):
-        table.setdefault("sigma_max", SIGMA_MAX)
+    table = {"sigma_max": SIGMA_MAX, **DEFAULTS.get(name, {}), **table}
     job = Inpainting(
         volume=Path(str(document["input"]["volume"])),
         mask=Path(str(document["input"]["mask"])),
         out=Path(str(document["output"]["path"])),
         prior=str(document["prior"]["name"]),
-        sampler=build(kind, table, document["sampler"]["kind"]),
+        sampler=build(kind, table, name),
         steer=build(SteerConfig, document["steer"], "steer"),
         run=build(RunConfig, document["run"], "run"),
     )

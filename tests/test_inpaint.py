@@ -101,7 +101,7 @@ def test_steering_follows_what_is_known(prior: str, tmp_path: Path, here: Any) -
     for level in (-800.0, 1800.0):
         files(tmp_path, volume=replace(scan(), data=torch.full(SHAPE, level) + scan().data / 100))
         for steer in ("none", "circuit"):
-            more = ("--steer", steer, "--circuit", circuit, "steer.sigma_stop=0.01")
+            more = ("--sampler", "ddnm", "--steer", steer, "--circuit", circuit, "steer.sigma_stop=0.01")
             assert here(*words(tmp_path, prior, *more)) == (0, "")
             means.append(float(read_nifti(tmp_path / "out.nii.gz").data[hole() != 0].mean()))
     record = json.loads((tmp_path / "out.json").read_text())
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_bit_equal(prior: str, tmp_path: Path, here: 
 
     files(tmp_path)
     circuit = circuit_folder(tmp_path)
-    steered = ("--steer", "circuit", "--circuit", circuit, "steer.sigma_stop=1.0")
+    steered = ("--sampler", "ddnm", "--steer", "circuit", "--circuit", circuit, "steer.sigma_stop=1.0")
     assert here(*words(tmp_path, prior, *steered, out="whole.nii.gz"))[0] == 0
     plain, calls = DDNM.step, list[int]()
 
@@ -160,7 +160,8 @@ def shifted() -> Any:
         ({"mask": hole()[:3]}, (), r"is .3, 1, 18, 21., the volume .4, 1, 18, 21."),
         ({"affine": shifted()}, (), "lies up to 4 mm from the volume; one grid"),
         ({"volume": scan("a.u.")}, (), "the volume is in a.u., the prior in HU"),
-        ({}, ("--sampler", "ddim"), "'ddim' does not fill in what a prior believes"),
+        ({}, ("--sampler", "ddim"), "'ddim' does not fill in slices from a prior"),
+        ({}, ("--sampler", "diffusionmbir"), "each for itself; a sampler that does"),
         ({}, ("--sampler", "cgls"), "'cgls' does not fill in"),
         ({}, ("--steer", "magic"), "steer is 'magic'; none or circuit"),
         ({}, ("--steer", "circuit", "steer.sigma_stop=60"), "starts at sigma 40 and steering ends at 60"),

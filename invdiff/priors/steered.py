@@ -41,8 +41,9 @@ class Steered(_Wrapper):
     differences are added to D, linearly between their centres. Known pixels stay as the denoiser gives them: what
     they are is for the sampler to say. Below ``sigma_stop`` this is the prior itself.
 
-    It goes outside ``Chunked`` and ``Averaged``, since the known pixels are those of all slices as they stand. The published steering, by codes, ends
-    at sigma 93, 59 or 25, after the first 5, 10 or 20 % of the steps of a run from 157.
+    It goes outside ``Chunked`` and ``Averaged``, since the known pixels are those of all slices as they stand. The
+    published steering, by codes, ends at sigma 93, 59 or 25, after the first 5, 10 or 20 % of the steps of a run from
+    157.
 
     Args:
         prior: any Prior of one channel.
