@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from invdiff.circuits import Categorical, GridInfo, factorised, full_batch, k_means_start, quad_tree
+from invdiff import circuits
+from invdiff.circuits import Categorical, GridInfo, codes, factorised, full_batch, k_means_start, quad_tree
 from invdiff.circuits.codes import (
     LEAST_DEVIATION,
     Autoencoder,
@@ -40,21 +42,21 @@ def images(step: int, count: int = 12) -> Tensor:
 def learned() -> CodeCircuit:
     """Trained on the toy images, once for all tests."""
     autoencoder = train_autoencoder(CONFIG, images, 250, rate=5e-3)
-    codes = autoencoder.codes(images(9001, 400))
+    seen = autoencoder.codes(images(9001, 400))
     inputs = Categorical(torch.zeros(1, 1, CONFIG.codes).log_softmax(-1))
-    circuit = k_means_start(quad_tree(3, 4), inputs, codes, 4, 0.3, seed=0).circuit
+    circuit = k_means_start(quad_tree(3, 4), inputs, seen, 4, 0.3, seed=0).circuit
     for _ in range(25):
-        circuit, _ = full_batch(circuit, [codes], 0.3)
+        circuit, _ = full_batch(circuit, [seen], 0.3)
     return CodeCircuit(autoencoder, circuit, INFO)
 
 
 def test_the_autoencoder_learns_and_its_codes_say_which_patch() -> None:
     autoencoder, x = learned().autoencoder, images(5)
-    codes = autoencoder.codes(x)
-    assert codes.shape == (12, 12) and len(codes.unique()) >= 4
-    error = (autoencoder.decoded(codes, 4) - x).abs().mean()
+    found = autoencoder.codes(x)
+    assert found.shape == (12, 12) and len(found.unique()) >= 4
+    error = (autoencoder.decoded(found, 4) - x).abs().mean()
     assert error < 0.5 * (x - x.mean()).abs().mean()
-    torch.testing.assert_close(autoencoder(x)[0], autoencoder.decoded(codes, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(autoencoder(x)[0], autoencoder.decoded(found, 4), atol=1e-5, rtol=0)
     vectors, book = autoencoder.vectors(x), autoencoder.net.quantizer.quantizer.embedding.weight
     by_hand = (vectors[3, 5] - book[7]).square().mean().sqrt()
     assert abs(float(autoencoder.distances(x)[3, 5, 7] - by_hand)) < 1e-5
@@ -101,6 +103,19 @@ def test_draws_are_joint_frozen_and_follow_the_known() -> None:
     assert error < 0.5 * (x[hidden] - x[hidden].mean()).square().mean()
     with pytest.raises(ValueError, match="draws is 1"):
         circuit.posterior(w, KeyedNoise(0), 1)
+
+
+def test_folder_round_trip(tmp_path: Path) -> None:
+    circuit, x = learned(), images(6, 5)
+    codes.save(tmp_path / "c", circuit)
+    again = codes.load(tmp_path / "c")
+    assert torch.equal(again.autoencoder.codes(x), circuit.autoencoder.codes(x)) and len(again.sha256) == 64
+    assert abs(code_bits(again, again.autoencoder.codes(x)) - code_bits(circuit, again.autoencoder.codes(x))) < 0.01
+    with pytest.raises(ValueError, match="is a circuit over codes"):
+        circuits.load(tmp_path / "c")
+    circuits.images.save(tmp_path / "d", circuits.ImageCircuit(circuit.circuit, circuit.info))
+    with pytest.raises(ValueError, match="over the cells of an image"):
+        codes.load(tmp_path / "d")
 
 
 class Flat:

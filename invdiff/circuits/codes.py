@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from invdiff.circuits.circuit import Circuit
-from invdiff.circuits.images import GridInfo
+from invdiff.circuits.images import GridInfo, read_folder, write_folder
 from invdiff.protocols import Noise
 
 WARM, SHARP = 0.1, 0.01  # temperatures of the encoder's evidence of an unknown and of a known patch, as published
 DRAWS = 8  # code maps that are decoded, as published
 LEAST_DEVIATION = 0.02  # of a pixel over the decoded draws, prior units: the decoder is no better than that
 STEP = -4  # of the keyed noise: the draws of codes
+PREFIX = "autoencoder."  # of its tensors in the file
 COMMITMENT = 0.25  # of van den Oord et al. 2017
 
 
@@ -161,6 +163,7 @@ class CodeCircuit:
         autoencoder: of stride ``info.block``.
         circuit: over rows * columns categorical variables of ``info.levels`` codes.
         info: of the grid; ``levels`` is the number of codes.
+        sha256: of the weights, for records.
 
     Raises:
         ValueError: parts that do not fit each other.
@@ -169,6 +172,7 @@ class CodeCircuit:
     autoencoder: Autoencoder
     circuit: Circuit
     info: GridInfo
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         config, info = self.autoencoder.config, self.info
@@ -209,6 +213,39 @@ class CodeCircuit:
         codes = [self.circuit.sample(evidence, noise, STEP, draw) for draw in range(draws)]
         images = torch.stack([self.autoencoder.decoded(c, self.info.columns) for c in codes])
         return Pixels(images.mean(0), images.var(0).clamp_min(LEAST_DEVIATION**2))
+
+
+def save(folder: Path, circuit: CodeCircuit, extra: dict[str, Any] | None = None) -> None:
+    """Write both parts into one folder, as ``invdiff.circuits.images.save``; the autoencoder in float32.
+
+    Args:
+        folder: made if missing.
+        circuit: what is written.
+        extra: more keys for config.json, such as training figures.
+
+    Raises:
+        ValueError: a folder that cannot be written to.
+    """
+    more = {f"{PREFIX}{name}": t for name, t in circuit.autoencoder.state_dict().items()}
+    told = {"autoencoder": asdict(circuit.autoencoder.config), **(extra or {})}
+    write_folder(folder, circuit.circuit, circuit.info, more, told)
+
+
+def load(folder: str | Path) -> CodeCircuit:
+    """Load what ``save`` wrote: float32, on the CPU.
+
+    Raises:
+        ValueError: no such folder, one of another kind, or weights that are not those the config names.
+    """
+    circuit, info, sha256, document, tensors = read_folder(Path(folder), str(folder))
+    if "autoencoder" not in document:
+        raise ValueError(f"{folder} is a circuit over the cells of an image; invdiff.circuits.load reads it")
+    try:
+        model = Autoencoder(AutoencoderConfig(**document["autoencoder"]))
+        model.load_state_dict({n.removeprefix(PREFIX): t for n, t in tensors.items()})
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: the autoencoder's weights do not fit its sizes: {error}") from error
+    return CodeCircuit(model.eval().requires_grad_(False), circuit, info, sha256)
 
 
 def code_bits(circuit: CodeCircuit, codes: Tensor) -> float:

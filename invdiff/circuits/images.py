@@ -185,24 +185,31 @@ def save(folder: Path, circuit: ImageCircuit, extra: dict[str, Any] | None = Non
     Raises:
         ValueError: a folder that cannot be written to.
     """
+    write_folder(folder, circuit.circuit, circuit.info, {}, extra or {})
+
+
+def write_folder(
+    folder: Path, circuit: Circuit, info: GridInfo, more: dict[str, Tensor], extra: dict[str, Any]
+) -> None:
+    """The files of ``save``, with more tensors beside the circuit's."""
     from safetensors.torch import save as to_bytes
 
-    c, s = circuit.circuit, circuit.circuit.structure
-    tensors: dict[str, Tensor] = {"root": c.root, "weights": c.weights.log()}
-    tensors |= {f"inputs.{name}": value for name, value in c.inputs.tensors.items()}
+    inputs = circuit.inputs
+    tensors: dict[str, Tensor] = {"root": circuit.root, "weights": circuit.weights.log()}
+    tensors |= {f"inputs.{name}": value for name, value in inputs.tensors.items()}
     tensors = {n: t.clamp_min(LEAST_LOG).half() if n in HALVED else t.float() for n, t in tensors.items()}
     for name in ("parent", "owner", "sum_groups", "input_groups"):
-        tensors[name] = torch.tensor(getattr(s, name), dtype=torch.int32)
+        tensors[name] = torch.tensor(getattr(circuit.structure, name), dtype=torch.int32)
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / WEIGHTS_FILE
     with whole_file(weights) as part:
-        part.write_bytes(to_bytes({n: t.cpu().contiguous() for n, t in tensors.items()}))
-    family = {f.name: getattr(c.inputs, f.name) for f in fields(c.inputs) if f.name not in c.inputs.tensors}  # type: ignore[arg-type]
+        part.write_bytes(to_bytes({n: t.detach().cpu().contiguous() for n, t in {**tensors, **more}.items()}))
+    family = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.name not in inputs.tensors}  # type: ignore[arg-type]
     document = {
-        "circuit": asdict(circuit.info),
-        "inputs": {"kind": c.inputs.kind, **family},
+        "circuit": asdict(info),
+        "inputs": {"kind": inputs.kind, **family},
         "sha256": sha256_of([weights]),
-        **(extra or {}),
+        **extra,
     }
     with whole_file(folder / CONFIG_FILE) as part:
         part.write_text(json.dumps(document, indent=2) + "\n")
@@ -223,12 +230,24 @@ def load(name_or_folder: str | Path) -> ImageCircuit:
         ValueError: no such circuit, a file missing, or weights that are not those the config names.
     """
     folder = SHIPPED / str(name_or_folder) if str(name_or_folder) in shipped() else Path(name_or_folder)
+    circuit, info, sha256, document, _ = read_folder(folder, str(name_or_folder))
+    if "autoencoder" in document:
+        raise ValueError(f"{folder} is a circuit over codes; invdiff.circuits.codes.load reads it")
+    return ImageCircuit(circuit, info, sha256)
+
+
+def read_folder(folder: Path, name: str) -> tuple[Circuit, GridInfo, str, dict[str, Any], dict[str, Tensor]]:
+    """The circuit, its description, the hash of its file, config.json, and the tensors that are not the circuit's.
+
+    Raises:
+        ValueError: as ``load``.
+    """
+    from safetensors.torch import load_file
+
     weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     if not weights.is_file() or not config.is_file():
         known = f"one of {', '.join(shipped())}, or " if shipped() else ""
-        raise ValueError(
-            f"no circuit {str(name_or_folder)!r}: give {known}a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
+        raise ValueError(f"no circuit {name!r}: give {known}a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         document = json.loads(config.read_text())
         sha256, info, inputs = document["sha256"], document["circuit"], dict(document["inputs"])
@@ -236,27 +255,26 @@ def load(name_or_folder: str | Path) -> ImageCircuit:
         raise ValueError(f"{config} was not written by invdiff train-circuit: {error!r}") from error
     if sha256_of([weights]) != sha256:
         raise ValueError(f"{weights} has sha256 {sha256_of([weights])[:12]}..., {CONFIG_FILE} names {sha256[:12]}...")
-    return _read(weights, info, inputs, sha256)
-
-
-def _read(weights: Path, info: dict[str, Any], inputs: dict[str, Any], sha256: str) -> ImageCircuit:
-    from safetensors.torch import load_file
-
     tensors = load_file(weights)
-    kind = inputs.pop("kind")
-    if kind not in FAMILIES:
-        raise ValueError(f"{weights.parent}: inputs of kind {kind!r}; one of {', '.join(FAMILIES)} is wanted")
     try:
-        names = ("parent", "owner", "sum_groups", "input_groups")
-        structure = Structure(*(tuple(tensors.pop(n).tolist()) for n in names))
-        found = {n.removeprefix("inputs."): t.float() for n, t in tensors.items() if n.startswith("inputs.")}
-        if "log_table" in found:
-            found["log_table"] = found["log_table"].log_softmax(-1)
-        family: Inputs = FAMILIES[kind](**found, **inputs)
-        circuit = Circuit(structure, family, tensors["root"], tensors["weights"].float().softmax(-1))
-        return ImageCircuit(circuit, GridInfo(**info), sha256)
+        circuit = _circuit(tensors, inputs, folder)
+        return circuit, GridInfo(**info), sha256, document, tensors
     except (KeyError, TypeError) as error:
         raise ValueError(f"{weights} is not of a circuit of this version: {error}") from error
+
+
+def _circuit(tensors: dict[str, Tensor], inputs: dict[str, Any], folder: Path) -> Circuit:
+    """The circuit of a file's tensors, which are taken out."""
+    kind = inputs.pop("kind")
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder}: inputs of kind {kind!r}; one of {', '.join(FAMILIES)} is wanted")
+    names = ("parent", "owner", "sum_groups", "input_groups")
+    structure = Structure(*(tuple(tensors.pop(n).tolist()) for n in names))
+    found = {n.removeprefix("inputs."): tensors.pop(n).float() for n in list(tensors) if n.startswith("inputs.")}
+    if "log_table" in found:
+        found["log_table"] = found["log_table"].log_softmax(-1)
+    family: Inputs = FAMILIES[kind](**found, **inputs)
+    return Circuit(structure, family, tensors.pop("root"), tensors.pop("weights").float().softmax(-1))
 
 
 def bits(circuit: ImageCircuit, cells: Tensor, batch: int = 64) -> float:
