@@ -248,6 +248,58 @@ def sample(
 
 
 @app.command()
+def inpaint(
+    volume: Annotated[Path, typer.Argument(help="The volume: NIfTI, a DICOM file or a folder of a DICOM series.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value, such as sampler.steps=100.")] = None,
+    mask: Annotated[Path, typer.Option(help="NIfTI on the volume's grid: 1 is filled in, 0 is kept.")] = Path(
+        "mask.nii.gz"
+    ),
+    prior: Annotated[str, typer.Option(help="A shipped prior, or a prior's folder.")] = "brain-mr",
+    sampler: Annotated[str, typer.Option(help="dds, ddnm, repaint, copaint, ...")] = "dds",
+    steer: Annotated[
+        str, typer.Option(help="none, or circuit: by a circuit's exact posterior at high noise.")
+    ] = "none",
+    circuit: Annotated[str | None, typer.Option(help="A shipped circuit or its folder; as the prior if not given.")] = (
+        None
+    ),
+    out: Annotated[Path, typer.Option("-o", "--out", help="NIfTI file, or a folder name for DICOM.")] = Path(
+        "inpainted.nii.gz"
+    ),
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    device: Device = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Slices denoised at once.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run.")] = False,
+) -> None:
+    """Fill in the voxels that a mask marks; the others stay as they are, bit by bit."""
+    from invdiff.pipelines import inpaint as pipeline
+    from invdiff.pipelines import output
+
+    flags: dict[str, dict[str, Any]] = {
+        "input": {"volume": str(volume), "mask": str(mask)},
+        "prior": {"name": prior},
+        "steer": {"kind": steer, "circuit": circuit},
+        "sampler": {"kind": sampler},
+        "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
+        "output": {"path": str(out)},
+    }
+    job = pipeline.resolve(flags, overrides or [])
+    try:
+        record = pipeline.run(job, resume, show_progress)
+    except KeyboardInterrupt:
+        kept = output.checkpoint_path(job.out)
+        said = f"; {kept} holds the run: the same command with --resume goes on" if kept.exists() else ""
+        errors.print(f"interrupted{said}")
+        raise typer.Exit(INTERRUPTED) from None
+    console.print(
+        f"{job.out}: {record['filled_voxels']} voxels of {len(record['slices'])} slices filled in, "
+        f"{record['seconds']:g} s"
+    )
+    for note in record["notes"]:
+        console.print(f"note: {note}")
+
+
+@app.command()
 def compare(
     image: Annotated[Path, typer.Argument(help="The reconstruction: NIfTI or DICOM.")],
     volume: Annotated[Path, typer.Argument(help="The volume that it should be, on its own grid or a finer one.")],
@@ -286,6 +338,24 @@ def _how_sure(samples: int | None, best_of: int | None, invented: bool) -> dict[
     asked = {"samples": samples, "best": best_of}
     tables: dict[str, dict[str, Any]] = {table: {"count": n} for table, n in asked.items() if n is not None}
     return {**tables, "invented": {}} if invented else tables
+
+
+@app.command("train-circuit")
+def train_circuit(
+    config: Annotated[Path, typer.Argument(help="TOML file, such as examples/train-circuit-brain-mr.toml.")],
+    data: Annotated[Path, typer.Option(help="Folder with HDF5 slices, NIfTI files or DICOM series.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+) -> None:
+    """Learn a probabilistic circuit over a grid on the image, which steers a prior (invdiff inpaint --steer)."""
+    from invdiff.pipelines import train_circuit as pipeline
+
+    try:
+        pipeline.run(config, data, out, resume, console)
+    except KeyboardInterrupt:
+        kept = (out / pipeline.STATE_FILE).exists()
+        errors.print(f"interrupted; {out} holds the run: with --resume it goes on" if kept else "interrupted")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def main() -> None:

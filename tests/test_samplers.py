@@ -30,6 +30,7 @@ from invdiff.samplers import (
     GHVB,
     SENSE,
     TV,
+    CoPaint,
     DiffPIR,
     DiffusionMBIR,
     DPMpp2M,
@@ -37,6 +38,7 @@ from invdiff.samplers import (
     L1Wavelet,
     PiGDM,
     REDDiff,
+    RePaint,
     SplitGibbs,
     ZeroFilled,
 )
@@ -57,6 +59,8 @@ SHORT: dict[str, Any] = {
     "diffpir": DiffPIR(steps=6),
     "ddnm": DDNM(steps=6),
     "daps": DAPS(steps=4, ode_steps=3),
+    "repaint": RePaint(levels=4, jump=2, repeats=2),
+    "copaint": CoPaint(steps=4),
     "split-gibbs": SplitGibbs(steps=5, keep=2, prior_steps=2, rho_min=0.03),
     "fbp": FBP(),
     "cgls": CGLS(steps=4),
@@ -81,7 +85,7 @@ WAYS: dict[str, Any] = {
     "ghvb, 1": GHVB(steps=6, order=1, grid="geometric"),
 }
 SOLVERS = ("ddim", "ddpm", "heun", "dpmpp2m", "deis3m", "ghvb")
-GUIDED = ("dps", "pigdm", "diffpir", "ddnm", "daps", "split-gibbs")
+GUIDED = ("dps", "pigdm", "diffpir", "ddnm", "daps", "repaint", "copaint", "split-gibbs")
 UNCOUPLED: dict[str, Any] = {
     **{kind: SHORT[kind] for kind in (*SOLVERS, *GUIDED)},
     "daps, langevin": WAYS["daps, langevin"],

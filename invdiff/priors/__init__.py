@@ -9,6 +9,7 @@ from invdiff.priors.model import NetworkPrior, PriorInfo, load, shipped
 from invdiff.priors.parameterisation import EDM, Predicts
 from invdiff.priors.schedules import Continuous, Discrete, Flow, VarianceExploding
 from invdiff.priors.state_dict import state_dict_of
+from invdiff.priors.steered import Steered, SteeredByCodes
 from invdiff.priors.wrappers import Averaged, Chunked, Compiled, Offloaded, Precision, Superposed
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "Predicts",
     "PriorInfo",
     "Rescaled",
+    "Steered",
+    "SteeredByCodes",
     "Superposed",
     "VarianceExploding",
     "adapt",

@@ -1,6 +1,7 @@
 """Samplers, unconditional solvers and prior-free baselines, one algorithm a file, on the seams of ``protocols``."""
 
 from invdiff.samplers.classical import CGLS, FBP, TV
+from invdiff.samplers.copaint import CoPaint
 from invdiff.samplers.daps import DAPS
 from invdiff.samplers.ddim import DDIM
 from invdiff.samplers.ddnm import DDNM
@@ -17,6 +18,7 @@ from invdiff.samplers.heun import Heun
 from invdiff.samplers.l1wavelet import L1Wavelet
 from invdiff.samplers.pigdm import PiGDM
 from invdiff.samplers.reddiff import REDDiff
+from invdiff.samplers.repaint import RePaint
 from invdiff.samplers.sense import SENSE
 from invdiff.samplers.solver import Solver
 from invdiff.samplers.zero_filled import ZeroFilled
@@ -34,6 +36,7 @@ __all__ = [
     "GHVB",
     "SENSE",
     "TV",
+    "CoPaint",
     "DPMpp2M",
     "DiffPIR",
     "DiffusionMBIR",
@@ -41,6 +44,7 @@ __all__ = [
     "L1Wavelet",
     "PiGDM",
     "REDDiff",
+    "RePaint",
     "Solver",
     "SplitGibbs",
     "ZeroFilled",

@@ -51,7 +51,7 @@ class DDS:
         eta: share of fresh noise in [0, 1]; published 0.15 at 20, 0.5 at 50, 0.85 at 100 evaluations. Less is
             nearer to the posterior mean.
         cg_steps: CG steps of each consistency, published 5. The weight that is found wants
-            them converged: with 15, weighted CT at 20 views lost 1 to 7 dB to 40.
+            them converged: with 15, weighted CT at 20 views lost 0.7 dB to 40.
         rho: ADMM penalty of the z-term for ||A|| = 1 (published 10 for an operator of squared norm 390).
         lam: weight of ||D_z x||_1 for [-1, 1] images and ||A|| = 1; 0 leaves slices uncoupled. Published 2e-4.
         coupling: what D_z x is, sparse across slices: ``tv`` (as published) the differences of neighbours, ``haar`` the
