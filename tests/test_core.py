@@ -289,7 +289,7 @@ def test_config_names_the_right_keys() -> None:
         build(DDS, {"step": 7}, "dds")
     with pytest.raises(ValueError, match=r"dds.steps is 'many' \(str\); int is wanted"):
         build(DDS, {"steps": "many"}, "dds")
-    with pytest.raises(ValueError, match="no sampler 'ddss'; there are: cgls, daps, ddim, ddnm, ddpm, dds"):
+    with pytest.raises(ValueError, match="no sampler 'ddss'; there are: cgls, copaint, daps, ddim, ddnm, ddpm, dds"):
         find("samplers", "ddss")
     assert parse_override("sampler.rho=2.5") == ("sampler", "rho", 2.5)
     assert parse_override("sampler.order=random") == ("sampler", "order", "random")

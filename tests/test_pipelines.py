@@ -166,7 +166,7 @@ def bad_measurement(tmp_path: Path, **change: Any) -> Path:
         ("text as volume", "is not"),
         ("truncated gzip", "is not a whole NIfTI file"),
         ("nan voxels", "NaN or infinite"),
-        ("unknown sampler", "no sampler 'magic'; there are: cgls, daps, ddim, ddnm, ddpm, dds"),
+        ("unknown sampler", "no sampler 'magic'; there are: cgls, copaint, daps, ddim, ddnm, ddpm, dds"),
         ("unknown field", "dds has no field 'roh'; its fields are: steps, eta, cg_steps, rho"),
         ("wrong type", "dds.steps is 'many' (str); int is wanted"),
         ("wrong value", "DDS.eta is 3.0; a value in [0, 1] is wanted"),
