@@ -17,6 +17,8 @@ from invdiff.priors.model import save
 from invdiff.priors.network import UNet, UNetConfig
 from invdiff.protocols import Problem, Space
 
+torch.set_num_threads(1)  # small arrays: where the machine is shared, a second thread costs more than it gives
+
 
 @dataclass(frozen=True)
 class Dense:
