@@ -53,7 +53,7 @@ def show_progress(states: Iterator[Any], steps: int, name: str) -> Iterator[Any]
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for the pictures and volumes.")] = Path("demo")) -> None:
-    """Reconstruct real scans that come with the dependencies, with the shipped prior; under 3 minutes on 2 cores."""
+    """Reconstruct real scans that come with the dependencies, with the shipped priors; about 3 minutes on 2 cores."""
     from invdiff.pipelines import demo as pipeline
 
     pipeline.run(out, console, show_progress)
