@@ -286,7 +286,7 @@ def _maps(kspace: KSpace, prescan: Tensor | None) -> tuple[Tensor, dict[str, Any
         data = _centre(kspace)
     lines = min(data.shape[-2:]) if data is not None else 0
     if data is None or lines < LEAST:
-        wider = "raw.centre=0.2 keeps more lines, " if lines and kspace.mask is not None and not prescan else ""
+        wider = "raw.centre=0.2 keeps more lines, " if lines and kspace.mask is not None and prescan is None else ""
         raise ValueError(
             f"{kspace.name} has {lines} fully sampled lines about the centre of k-space; coil maps want {LEAST}: "
             f"{wider}raw.calibration=FILE takes them from another scan of these coils, raw.compress=1 needs no maps"

@@ -164,6 +164,12 @@ def test_compression_keeps_the_image() -> None:
     assert one.y.shape[1] == 1 and one.history["maps"] == {"from": "one coil"}
 
 
+def test_a_calibration_scan_of_few_lines_gets_one_sentence() -> None:
+    full = raw()
+    with pytest.raises(ValueError, match="made has 5 fully sampled lines .*; coil maps want 8"):
+        measurements_of(replace(full, calibration=full.data[..., H // 2 - 2 : H // 2 + 3, :]))
+
+
 def test_maps_of_a_scan_of_their_own(tmp_path: Path) -> None:
     """Calibration lines give the same maps within k-space, beside it, and from another file."""
     pytest.importorskip("ismrmrd")
