@@ -39,7 +39,8 @@ from invdiff.operators.mri.nufft import fast_size, kernel
 from invdiff.operators.mri.trajectories import radial, spiral
 from invdiff.priors import GaussianPrior
 from invdiff.protocols import Problem
-from invdiff.samplers import CGLS
+from invdiff.run import iterate, last
+from invdiff.samplers import CGLS, SENSE
 
 S, COILS, H, W, SAMPLES = 3, 5, 20, 13, 77
 DOUBLE = torch.complex128
@@ -152,6 +153,9 @@ def test_conjugate_gradients_on_coupled_slices_reach_the_solution() -> None:
     for _ in range(sampler.steps):
         state = sampler.step(problem, state)
     assert relative(state.x, x) < 1e-3
+    sense = SENSE(steps=60, sigma_floor=0.1, deviation=0.5)
+    wanted = a.solve(a.adjoint(problem.y), (0.1 / 0.5) ** 2)
+    assert relative(last(iterate(sense, problem)).x, wanted) < 1e-4
     assert relative(a.solve(a.normal(x) + 0.1 * x, 0.1), x) < 1e-4
 
 

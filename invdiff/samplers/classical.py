@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ class FBP:
     estimate: ClassVar[str] = "point estimate"
 
     steps: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1)
 
     def sigma(self, i: int) -> float:  # noqa: ARG002
         """Always 0: no noise levels."""
@@ -82,8 +86,12 @@ class CGLS:
     def step(self, problem: Problem, state: CGLSState) -> CGLSState:
         """One iteration, a step length a slice, or one for all where A couples them (Hestenes & Stiefel 1952)."""
         i, x, r, p, floor = state
-        A = problem.operator
-        return CGLSState(i + 1, *cg_step(A.normal, x, r, p, floor, couples(A)), floor)
+        normal = partial(self.normal, problem)
+        return CGLSState(i + 1, *cg_step(normal, x, r, p, floor, couples(problem.operator)), floor)
+
+    def normal(self, problem: Problem, v: Tensor) -> Tensor:
+        """A^H A v."""
+        return problem.operator.normal(v)  # type: ignore[attr-defined, no-any-return]
 
 
 class TVState(NamedTuple):
