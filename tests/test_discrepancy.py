@@ -54,7 +54,7 @@ def flat(m: int = 800, n: int = 600) -> tuple[Dense, torch.Tensor]:
 def test_the_degrees_of_freedom_are_the_trace() -> None:
     A, values = flat(400, 300)
     problem = Problem(A, torch.zeros(6, 400), 0.1, None, KeyedNoise(0))  # type: ignore[arg-type]
-    rules = [first_rule(problem._replace(noise=KeyedNoise(k)), 0.01) for k in range(5)]
+    rules = [first_rule(problem._replace(noise=KeyedNoise(k)), 0.01, None) for k in range(5)]
     for mu in (1e-3, 0.03, 1.0):
         found = torch.stack([degrees_of_freedom(torch.cat([torch.full((6, 1), mu), r[:, 1:]], 1)) for r in rules])
         exact = float((values**2 / (values**2 + mu)).sum())
@@ -71,7 +71,7 @@ def test_the_fixed_point_finds_how_wrong_the_denoised_image_is(error: float, sig
     D = truth + error * torch.randn(truth.shape, generator=g)
     y = A.forward(truth) + sigma_y * torch.randn(A.range.shape, generator=g)
     problem = Problem(A, y, sigma_y, None, KeyedNoise(0))  # type: ignore[arg-type]
-    rule = first_rule(problem, sigma_y**2)
+    rule = first_rule(problem, sigma_y**2, None)
     rule[:, 0] = start
     for _ in range(30):
         x = nearest(A, y, D, weight_of(rule, D), 30)

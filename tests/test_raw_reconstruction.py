@@ -166,7 +166,7 @@ def test_compression_keeps_the_image() -> None:
 
 def test_a_calibration_scan_of_few_lines_gets_one_sentence() -> None:
     full = raw()
-    with pytest.raises(ValueError, match="made has 5 fully sampled lines .*; coil maps want 8"):
+    with pytest.raises(ValueError, match=r"made has 5 fully sampled lines .*; coil maps want 8"):
         measurements_of(replace(full, calibration=full.data[..., H // 2 - 2 : H // 2 + 3, :]))
 
 

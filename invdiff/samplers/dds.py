@@ -11,7 +11,7 @@ from invdiff.noise import karras
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear, within
 from invdiff.samplers.consistency import admm_sweep, check_coupling, nearest
-from invdiff.samplers.discrepancy import first_rule, next_rule, weight_of
+from invdiff.samplers.discrepancy import believed_variance, first_rule, next_rule, weight_of
 from invdiff.samplers.moves import advance, check_move, levels_of, no_past
 from invdiff.samplers.solver import denoised, start
 
@@ -19,8 +19,7 @@ from invdiff.samplers.solver import denoised, start
 class DDSState(NamedTuple):
     """i: steps done; x: consistent image; x_t: noisy iterate; z, u: split D_z x and its scaled dual (s c h w).
 
-    past: what the move keeps of earlier steps (k s c h w), k 0 for ``ddim``; rule: see ``discrepancy``, (s, 0) where
-    the anchor is given.
+    past: what the move keeps of earlier steps (k s c h w), k 0 for ``ddim``; rule: see ``discrepancy``.
     """
 
     i: int
@@ -102,15 +101,14 @@ class DDS:
         linear(self, problem)
         zero, x_t = start(problem, self.sigma_max)
         x = first_guess(problem) if self.warm else zero
-        rule = first_rule(problem, self._variance(problem)) if self.anchor is None else zero.new_zeros(len(zero), 0)
+        rule = first_rule(problem, believed_variance(problem, self.sigma_floor), self.anchor)
         return DDSState(0, x, x + x_t, zero, zero, no_past(self.move, zero), rule)
 
     def step(self, problem: Problem, state: DDSState) -> DDSState:
         """DDS algorithm 3 (algorithm 1 where lam is 0)."""
         i, _, x_t, z, u, past, rule = state
         D = denoised(problem, x_t, self.sigma(i))
-        variance = self._variance(problem)
-        mu = weight_of(rule, D) if self.anchor is None else self.anchor * variance
+        mu = weight_of(rule, D)
         if self.lam > 0:
             how: Any = {"rho": self.rho, "lam": self.lam, "cg_steps": self.cg_steps, "coupling": self.coupling}
             x, z, u = admm_sweep(problem, D, z, u, mu=mu, **how)
@@ -118,10 +116,5 @@ class DDS:
             x = nearest(problem.operator, problem.y, D, mu, self.cg_steps)
         levels = levels_of(self.move, self.sigma, i)
         x_t, past = advance(self.move, levels, x_t, x, past, self.eta, problem.noise(i, x_t), D)
-        if self.anchor is None:
-            rule = next_rule(rule, problem, x, D, variance)
+        rule = next_rule(rule, problem, x, D, believed_variance(problem, self.sigma_floor))
         return DDSState(i + 1, x, x_t, z, u, past, rule)
-
-    def _variance(self, problem: Problem) -> float:
-        """sigma_y^2, as far as it is believed."""
-        return max(problem.sigma_y, self.sigma_floor) ** 2

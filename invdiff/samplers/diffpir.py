@@ -10,13 +10,13 @@ from torch import Tensor
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, within
 from invdiff.samplers.consistency import nearest
-from invdiff.samplers.discrepancy import first_rule, next_rule, weight_of
+from invdiff.samplers.discrepancy import believed_variance, first_rule, next_rule, weight_of
 from invdiff.samplers.moves import Guided
 from invdiff.samplers.solver import MultistepState, denoised
 
 
 class DiffPIRState(NamedTuple):
-    """As ``MultistepState``, and rule: see ``discrepancy``, (s, 0) where lam is given."""
+    """As ``MultistepState``, and rule: see ``discrepancy``; with lam given, lam sigma_y^2."""
 
     i: int
     x: Tensor
@@ -65,17 +65,14 @@ class DiffPIR(Guided):
     def init(self, problem: Problem) -> DiffPIRState:  # type: ignore[override]
         """x_t ~ N(0, sigma_max^2 I)."""
         started = super().init(problem)
-        variance = max(problem.sigma_y, self.sigma_floor) ** 2
-        rule = first_rule(problem, variance) if self.lam is None else started.x.new_zeros(len(started.x), 0)
-        return DiffPIRState(*started, rule)
+        return DiffPIRState(*started, first_rule(problem, believed_variance(problem, self.sigma_floor), self.lam))
 
     def step(self, problem: Problem, state: DiffPIRState) -> DiffPIRState:  # type: ignore[override]
         """One step of algorithm 1."""
         s, rule = self.sigma(state.i), state.rule
-        variance = max(problem.sigma_y, self.sigma_floor) ** 2
-        rho = weight_of(rule, state.x) if self.lam is None else self.lam * variance / s**2
+        variance = believed_variance(problem, self.sigma_floor)
+        rho = weight_of(rule, state.x) if self.lam is None else self.lam * variance / s**2  # eq. 13
         D = denoised(problem, state.x_t, s)
         x = nearest(problem.operator, problem.y, D, rho, self.cg_steps)
-        if self.lam is None:
-            rule = next_rule(rule, problem, x, D, variance)
+        rule = next_rule(rule, problem, x, D, variance)
         return DiffPIRState(*self.moved(problem, MultistepState(*state[:4]), x, self.zeta**0.5), rule)

@@ -33,7 +33,12 @@ GAIN = 0.7  # exponent of the correction where there is no dof: mu is then sough
 MU, COUNT, IDLE, TABLE = 0, 1, 2, 3  # columns of a rule: mu, measurements, ||y||^2 where A is 0, then the quadrature
 
 
-def first_rule(problem: Problem, variance: float) -> Tensor:
+def believed_variance(problem: Problem, floor: float) -> float:
+    """sigma_y^2, with sigma_y at least ``floor``: no model of a scanner is exact."""
+    return max(problem.sigma_y, floor) ** 2
+
+
+def first_rule(problem: Problem, variance: float, given: float | None) -> Tensor:
     """The rule before the first step: mu, what does not change of it, and the quadrature, a row a slice.
 
     Slices that A couples share one row.
@@ -41,10 +46,13 @@ def first_rule(problem: Problem, variance: float) -> Tensor:
     Args:
         problem: A and y; a nonlinear operator has no dof, so that its rule is Morozov's own.
         variance: sigma_y^2 of one real component of y.
+        given: mu / variance, where it is not to be found.
 
     Returns:
-        (s, 3 + 2 LANCZOS), or (1, ...).
+        (s, 3 + 2 LANCZOS), or (1, ...); (1, 1) with mu alone where it is given.
     """
+    if given is not None:
+        return torch.full((1, 1), given * variance, dtype=problem.y.dtype.to_real(), device=problem.y.device)
     A, joint = problem.operator, couples(problem.operator)
     count, idle = (n.sum(0, keepdim=True) if joint else n for n in measurements(problem))
     columns = [torch.full_like(count, variance / FIRST**2), count, idle]
@@ -62,7 +70,7 @@ def probe_of(problem: Problem) -> Tensor:
 
 
 def weight_of(rule: Tensor, like: Tensor) -> Tensor:
-    """mu of each slice, (s 1 ... 1) with the axes of ``like``."""
+    """mu of each slice, (s 1 ... 1) or one for all, with the axes of ``like``."""
     return rule[:, MU].view(-1, *[1] * (like.ndim - 1)).to(like)
 
 
@@ -89,6 +97,8 @@ def next_rule(rule: Tensor, problem: Problem, x: Tensor, D: Tensor, variance: fl
         D: the denoised image that it was made from.
         variance: as in ``first_rule``.
     """
+    if rule.shape[1] == 1:  # given
+        return rule
     mu, tiny, joint = rule[:, MU], torch.finfo(rule.dtype).tiny, couples(problem.operator)
     if rule.shape[1] > TABLE:  # MacKay's fixed point
         change = x - D

@@ -14,7 +14,7 @@ from invdiff.linalg import cg, couples, difference, difference_adjoint, plus_rou
 from invdiff.noise import KeyedNoise, geometric
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, first_guess, linear
-from invdiff.samplers.discrepancy import first_rule, next_rule, weight_of
+from invdiff.samplers.discrepancy import believed_variance, first_rule, next_rule, weight_of
 
 WEIGHTS: dict[str, Callable[[float], float]] = {
     "linear": lambda s: s,
@@ -31,7 +31,7 @@ SLICES = 0
 
 
 class REDDiffState(NamedTuple):
-    """i: steps done; x: the estimate mu (s c h w); m, v: Adam's moments; rule: see ``discrepancy``, (s, 0) with lam."""
+    """i: steps done; x: the estimate mu (s c h w); m, v: Adam's moments; rule: see ``discrepancy``."""
 
     i: int
     x: Tensor
@@ -107,19 +107,18 @@ class REDDiff:
     def init(self, problem: Problem) -> REDDiffState:
         """mu = A^+ y (FBP for CT), as published."""
         x = first_guess(problem)
-        rule = first_rule(problem, self._variance(problem)) if self.lam is None else x.new_zeros(len(x), 0)
+        rule = first_rule(problem, believed_variance(problem, self.sigma_floor), self.lam)
         return REDDiffState(0, x, torch.zeros_like(x), torch.zeros_like(x), rule)
 
     def step(self, problem: Problem, state: REDDiffState) -> REDDiffState:
         """One Adam step on the loss above (algorithm 1 of the paper)."""
         i, x, m, v, rule = state
         g = problem.operator.vjp(x, problem.operator.forward(x) - problem.y)
-        variance, weight, D = self._variance(problem), x.new_zeros(()), torch.zeros_like(x)
-        scaled = weight_of(rule, x) if self.lam is None else variance * self.lam
+        variance, weight, D = believed_variance(problem, self.sigma_floor), x.new_zeros(()), torch.zeros_like(x)
         for draw in range(self.draws):
             s = self._level(problem, i, draw)
             denoised = problem.prior.denoise(x + s * problem.noise(i, x, draw), torch.tensor(s, device=x.device))
-            share = scaled * WEIGHTS[self.weight](s) / s / self.draws
+            share = weight_of(rule, x) * WEIGHTS[self.weight](s) / s / self.draws
             g, weight, D = g + share * (x - denoised), weight + share, D + denoised / self.draws
         if self.z_lam:
             d = difference(x, SLICES) / self.z_width
@@ -127,24 +126,18 @@ class REDDiff:
         size = self.rate * self.final_rate ** (i / max(1, self.steps - 1))
         if self.newton_steps:
             down = self._newton(problem, g, weight)
-            if self.lam is None:
-                rule = next_rule(rule, problem, x - down, D, variance)
+            rule = next_rule(rule, problem, x - down, D, variance)
             return REDDiffState(i + 1, x - size * down, m, v, rule)
-        if self.lam is None:
-            rule = next_rule(rule, problem, x, D, variance)
+        rule = next_rule(rule, problem, x, D, variance)
         m = self.beta1 * m + (1 - self.beta1) * g
         v = self.beta2 * v + (1 - self.beta2) * g.square()
         unbiased = m / (1 - self.beta1 ** (i + 1)) / ((v / (1 - self.beta2 ** (i + 1))).sqrt() + ADAM_EPSILON)
         return REDDiffState(i + 1, x - size * unbiased, m, v, rule)
 
-    def _variance(self, problem: Problem) -> float:
-        """sigma_y^2, as far as it is believed."""
-        return max(problem.sigma_y, self.sigma_floor) ** 2
-
     def _newton(self, problem: Problem, g: Tensor, weight: Tensor) -> Tensor:
         """(A^T A + weight + z-term)^-1 g by CG: the loss's curvature with the denoiser held fixed."""
         A = linear(self, problem)
-        curvature = max(problem.sigma_y, self.sigma_floor) ** 2 * self.z_lam / self.z_width
+        curvature = believed_variance(problem, self.sigma_floor) * self.z_lam / self.z_width
 
         def normal(v: Tensor) -> Tensor:
             out = torch.addcmul(A.normal(v), weight, v)
