@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -27,7 +28,50 @@ def share(sigma: Tensor) -> Tensor:
     return SHARE_LEAST + (1 - SHARE_LEAST) * (-SHARE_FALL * t).exp()
 
 
-class Steered(_Wrapper):
+class _Steering(_Wrapper, ABC):
+    """What both kinds of steering are: the prior itself at low noise, changed from outside the known pixels at high.
+
+    Args:
+        prior: any Prior of one channel.
+        circuit: of what is coarse in its images.
+        known: pixels (s 1 h w) in prior units; where they are unknown any finite value.
+        mask: where they are known: bool (s 1 h w), of size 1 where all are alike.
+        sigma_stop: noise level below which nothing is steered, prior units.
+
+    Raises:
+        ValueError: shapes that do not fit, more than one channel, or a circuit of another unit or range.
+    """
+
+    def __init__(
+        self, prior: Prior, circuit: ImageCircuit | CodeCircuit, known: Tensor, mask: Tensor, sigma_stop: float
+    ) -> None:
+        super().__init__(prior)
+        check_range(circuit, self.info)
+        self.mask, self.known = _checked(prior, known, mask, sigma_stop)
+        self.sigma_stop = sigma_stop
+        self.deviation: float = getattr(self.info, "sigma_data", 0.0) or DEVIATION
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The prior's, steered where sigma is above ``sigma_stop``: x (s 1 h w), sigma () or (s).
+
+        Raises:
+            ValueError: images that the known pixels are not of.
+        """
+        _check_slices(x, self.known)
+        plain = self.prior.denoise(x, sigma)
+        levels = sigma.to(x).expand(len(x))
+        above = levels > self.sigma_stop
+        if not bool(above.any()):
+            return plain
+        steered = above[:, None, None, None] & ~self.mask
+        return torch.where(steered, plain + self.change(x, levels, plain), plain)
+
+    @abstractmethod
+    def change(self, x: Tensor, sigma: Tensor, plain: Tensor) -> Tensor:
+        """What is added to the denoised image ``plain`` of x (s 1 h w) at sigma (s)."""
+
+
+class Steered(_Steering):
     """The weighted geometric mean of a denoiser's Gaussian and a circuit's posterior, at high noise.
 
     The circuit is over cells, the means of blocks of pixels. It has soft evidence of every cell from x alone, for the
@@ -59,38 +103,22 @@ class Steered(_Wrapper):
     def __init__(
         self, prior: Prior, circuit: ImageCircuit, known: Tensor, mask: Tensor, sigma_stop: float = SIGMA_STOP
     ) -> None:
-        super().__init__(prior)
-        check_range(circuit, self.info)
-        self.mask, self.known = _checked(prior, known, mask, sigma_stop)
+        super().__init__(prior, circuit, known, mask, sigma_stop)
         self.circuit = circuit.to(known)
-        self.sigma_stop = sigma_stop
-        self.deviation: float = getattr(self.info, "sigma_data", 0.0) or DEVIATION
         info = circuit.info
         self.pixels = info.pooled(known).number
         seen = info.pooled(self.known, self.mask)
         variance = info.width**2 / 12 + info.within**2 * (1 / seen.number - 1 / self.pixels).clamp_min(0)
         self.seen = Spot(seen.mean, variance.masked_fill(seen.number == 0, math.inf))
 
-    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The prior's, steered where sigma is above ``sigma_stop``: x (s 1 h w), sigma () or (s).
-
-        Raises:
-            ValueError: images that the known pixels are not of.
-        """
-        _check_slices(x, self.known)
-        plain = self.prior.denoise(x, sigma)
-        levels = sigma.to(x).expand(len(x))
-        above = levels > self.sigma_stop
-        if not bool(above.any()):
-            return plain
+    def change(self, x: Tensor, sigma: Tensor, plain: Tensor) -> Tensor:
+        """The cells' way to the geometric mean, spread over their pixels."""
         info, (h, w) = self.circuit.info, x.shape[2:]
-        said = self.posterior(x, levels)
+        said = self.posterior(x, sigma)
         whole = info.pooled(torch.where(self.mask, self.known, plain))
         cells = whole.mean.unflatten(1, (info.rows, info.columns))
-        change = theirs_share(levels, self.deviation, said.variance) * (said.mean - cells)
-        change = change.masked_fill((self.pixels == 0).view_as(change), 0.0)
-        moved = torch.where(self.mask, plain, plain + info.spread(change, h, w))
-        return torch.where(above[:, None, None, None], moved, plain)
+        way = theirs_share(sigma, self.deviation, said.variance) * (said.mean - cells)
+        return info.spread(way.masked_fill((self.pixels == 0).view_as(way), 0.0), h, w)
 
     def posterior(self, x: Tensor, sigma: Tensor) -> Cells:
         """What the circuit says of the cells given x (s 1 h w) at sigma (s) and the known pixels, prior units."""
@@ -102,7 +130,7 @@ class Steered(_Wrapper):
         return self.circuit.posterior(Spot(value, torch.where(total > 0, 1 / total, math.inf)))
 
 
-class SteeredByCodes(_Wrapper):
+class SteeredByCodes(_Steering):
     """The weighted geometric mean of a denoiser's Gaussian and that of decoded codes, at high noise.
 
     The encoder says of the denoised image, with the known pixels put in, what each patch's code may be; the circuit's
@@ -131,34 +159,19 @@ class SteeredByCodes(_Wrapper):
         noise: Noise,
         sigma_stop: float = SIGMA_STOP,
     ) -> None:
-        super().__init__(prior)
-        check_range(circuit, self.info)
-        self.mask, self.known = _checked(prior, known, mask, sigma_stop)
+        super().__init__(prior, circuit, known, mask, sigma_stop)
         self.circuit = circuit.to(known)
         self.noise = noise
-        self.sigma_stop = sigma_stop
-        self.deviation: float = getattr(self.info, "sigma_data", 0.0) or DEVIATION
         self.covered = circuit.info.put(circuit.info.cut(torch.ones_like(known), 0.0), *known.shape[2:]).bool()
 
-    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The prior's, steered where sigma is above ``sigma_stop``: x (s 1 h w), sigma () or (s).
-
-        Raises:
-            ValueError: images that the known pixels are not of.
-        """
-        _check_slices(x, self.known)
-        plain = self.prior.denoise(x, sigma)
-        levels = sigma.to(x).expand(len(x))
-        above = levels > self.sigma_stop
-        if not bool(above.any()):
-            return plain
+    def change(self, x: Tensor, sigma: Tensor, plain: Tensor) -> Tensor:
+        """The pixels' way to the geometric mean, of those that whole patches cover."""
         with torch.no_grad():
             evidence = self.circuit.evidence(torch.where(self.mask, self.known, plain), self.mask)
             said = self.circuit.posterior(evidence, self.noise)
             mu, s2 = (self.circuit.info.put(v, *x.shape[2:]) for v in said)
-        there = theirs_share(levels, self.deviation, torch.where(self.covered, s2, math.inf))
-        moved = plain + there * (mu - plain)
-        return torch.where(above[:, None, None, None] & ~self.mask, moved, plain)
+        there = theirs_share(sigma, self.deviation, torch.where(self.covered, s2, math.inf))
+        return there * (mu - plain)
 
 
 def theirs_share(sigma: Tensor, deviation: float, variance: Tensor) -> Tensor:
