@@ -40,7 +40,7 @@ from invdiff.operators.mri.calibration import image_scale
 from invdiff.operators.mri.espirit import espirit_maps
 from invdiff.operators.mri.simulate import birdcage_maps, simulate_kspace, smooth_phase
 from invdiff.operators.mri.trajectories import radial
-from invdiff.pipelines.mri import MRIConfig, MRSimulation, completed, simulate, way_of, with_checked_maps
+from invdiff.pipelines.mri import MRIConfig, MRSimulation, as_seen_by, completed, simulate, way_of
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.reconstruct import RunConfig, prior_of
 from invdiff.pipelines.scans import operator_of
@@ -110,7 +110,7 @@ def scanned(volume: Volume, cell: Cell) -> tuple[Measurements, Volume]:
 
 def solved(scan: Measurements, truth: Volume, cell: Cell, sampler: Any, prior: Any) -> tuple[dict[str, float], Any]:
     """The numbers of one method on one scan, and its image (h w)."""
-    used = with_checked_maps(scan, sampler)
+    used = as_seen_by(scan, sampler)
     operator, y, sigma_y = operator_of(used)
     way = way_of(used, operator, y, sampler, MRIConfig(channels=cell.channels), several=False)
     assert way is not None

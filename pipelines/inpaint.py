@@ -14,7 +14,7 @@ from torch import Tensor
 
 from invdiff.circuits import load as load_circuit
 from invdiff.circuits.images import ImageCircuit
-from invdiff.config import build, find, with_overrides
+from invdiff.config import build, find
 from invdiff.datasets import Volume, read_nifti, read_volume
 from invdiff.files import sha256_of, whole_file
 from invdiff.noise import KeyedNoise
@@ -23,8 +23,9 @@ from invdiff.pipelines.compare import PLACE_MM, corner_distance
 from invdiff.pipelines.devices import device_of
 from invdiff.pipelines.output import beside, check_writable, checkpoint_path, versions, write_volume
 from invdiff.pipelines.pictures import panel
-from invdiff.pipelines.reconstruct import Progress, RunConfig, check_tables, kind_of, prior_of
+from invdiff.pipelines.reconstruct import Progress, RunConfig, kind_of, prior_of
 from invdiff.pipelines.scans import notes_on
+from invdiff.pipelines.tables import document_of
 from invdiff.priors import Steered
 from invdiff.priors.steered import SIGMA_STOP, check_range
 from invdiff.problem import prepare
@@ -97,9 +98,7 @@ def resolve(flags: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) ->
     Raises:
         ValueError: a wrong table, key, kind or value; the right ones are listed.
     """
-    given = {table: {k: v for k, v in values.items() if v is not None} for table, values in flags.items()}
-    document = with_overrides(given, overrides)
-    check_tables(document, TABLES)
+    document = document_of({}, flags, overrides, TABLES)
     table = dict(document["sampler"])
     name = str(table.pop("kind"))
     kind = find("samplers", name)

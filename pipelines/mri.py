@@ -107,13 +107,14 @@ def completed(scan: Measurements, sampler: Any) -> Measurements:
     return replace(scan, y=grappa(scan.y, mask), fields={**scan.fields, "mask": torch.ones_like(mask)})
 
 
-def with_checked_maps(scan: Measurements, sampler: Any, how: MRIConfig | None = None) -> Measurements:
-    """The scan, if it has coil maps with maps everywhere for generative samplers: see ``filled_maps``; and completed.
+def as_seen_by(scan: Measurements, sampler: Any, how: MRIConfig | None = None) -> Measurements:
+    """The scan as a sampler is to have it: completed by GRAPPA if asked, and for generative ones with maps everywhere.
 
-    Prior-free ones keep maps that are cut to the body: for them outside is zero, which helps them.
+    Those maps are ``filled_maps``; prior-free samplers keep maps that are cut to the body: for them outside is zero,
+    which helps them.
 
     Raises:
-        ValueError: maps that are not normalised.
+        ValueError: maps that are not normalised, or anything that ``completed`` refuses.
     """
     if how is not None and how.grappa:
         scan = completed(scan, sampler)

@@ -14,7 +14,7 @@ from invdiff.noise import KeyedNoise
 from invdiff.pipelines.budget import GB, Budget
 from invdiff.pipelines.devices import device_of
 from invdiff.pipelines.memory import held_bytes
-from invdiff.pipelines.mri import with_checked_maps
+from invdiff.pipelines.mri import as_seen_by
 from invdiff.pipelines.reconstruct import Job, home_of, prior_for, prior_of, way_of_job, within_memory
 from invdiff.pipelines.scans import operator_of, scan_of, some_slices
 from invdiff.priors import NoPrior
@@ -72,7 +72,7 @@ def run(job: Job) -> Plan:
     Raises:
         ValueError: input that does not fit, or a run that does not fit into the free memory.
     """
-    scan = with_checked_maps(scan_of(job.scan, job.index, job.raw), job.sampler, job.mri)
+    scan = as_seen_by(scan_of(job.scan, job.index, job.raw), job.sampler, job.mri)
     prior, _ = prior_of(prior_for(job.prior, scan), job.run)
     prior, budget, notes = within_memory(scan, job, prior, way_of_job(scan, job))
     held = held_bytes(home_of(job.run))

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from invdiff.config import build, find, registered, with_overrides
+from invdiff.config import build, find, registered
 from invdiff.datasets import Measurements, Volume, write_nifti
 from invdiff.files import sha256_of, whole_file
 from invdiff.invented import Split, measured_or_invented
@@ -22,7 +22,7 @@ from invdiff.pipelines.budget import Budget, Work, budget_of, check, largest_chu
 from invdiff.pipelines.compare import matched_truth
 from invdiff.pipelines.devices import DTYPES, device_of, dtype_of
 from invdiff.pipelines.memory import return_what_is_freed
-from invdiff.pipelines.mri import MRIConfig, Way, picture_row, way_of, with_checked_maps
+from invdiff.pipelines.mri import MRIConfig, Way, as_seen_by, picture_row, way_of
 from invdiff.pipelines.output import (
     beside,
     check_writable,
@@ -35,6 +35,7 @@ from invdiff.pipelines.output import (
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.raw_mr import RawConfig
 from invdiff.pipelines.scans import as_volume, baseline_slice, notes_on, operator_of, scan_of
+from invdiff.pipelines.tables import document_of
 from invdiff.pipelines.uncertainty import Map, added_record, draw_maps, map_names, maps_of
 from invdiff.priors import Averaged, Chunked, NoPrior, Offloaded, load
 from invdiff.priors.model import NetworkPrior
@@ -158,10 +159,7 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
             raise ValueError(f"{source} cannot be read as TOML: {error}") from error
     else:
         document = {"input": {"scan": str(source)}}
-    for table, values in flags.items():
-        document[table] = {**document.get(table, {}), **{k: v for k, v in values.items() if v is not None}}
-    document = with_overrides(document, overrides)
-    check_tables(document, TABLES)
+    document = document_of(document, flags, overrides, TABLES)
     if "scan" not in document["input"]:
         raise ValueError(f"{source} names no input.scan; the path of a measurement file is wanted")
     if "path" not in document.get("output", {}):
@@ -193,20 +191,6 @@ def _gather_of(document: Mapping[str, Any]) -> Gather | None:
     if len(asked) > 1:
         raise ValueError("both the spread of samples and the best of several were asked for; one of them is wanted")
     return build(kinds[asked[0]], document[asked[0]], asked[0]) if asked else None
-
-
-def check_tables(document: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a table or a key that is not known; a table without listed keys takes any.
-
-    Raises:
-        ValueError: with the right ones.
-    """
-    for table, content in document.items():
-        if table not in tables:
-            raise ValueError(f"no table {table!r}; there are: {', '.join(tables)}")
-        wrong = [k for k in content if tables[table] and k not in tables[table]]
-        if wrong:
-            raise ValueError(f"{table} has no field {wrong[0]!r}; its fields are: {', '.join(tables[table])}")
 
 
 def prior_for(name: str, scan: Measurements) -> str:
@@ -281,7 +265,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         DivergedError: NaN or a growing residual.
     """
     check_writable(job.out, map_names(job.gather, job.split))
-    scan = with_checked_maps(scan_of(job.scan, job.index, job.raw), job.sampler, job.mri)
+    scan = as_seen_by(scan_of(job.scan, job.index, job.raw), job.sampler, job.mri)
     way = way_of_job(scan, job)
     grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])) if way is None else way.first)
     truth = None if job.truth is None else matched_truth(grid, job.truth)

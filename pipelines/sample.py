@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from invdiff.config import build, find, registered, with_overrides
+from invdiff.config import build, find, registered
 from invdiff.datasets import Volume, write_nifti
 from invdiff.files import whole_file
 from invdiff.pipelines.output import probe, versions
@@ -21,11 +21,11 @@ from invdiff.pipelines.pictures import CT_WINDOW, sheet
 from invdiff.pipelines.reconstruct import (
     Progress,
     RunConfig,
-    check_tables,
     home_of,
     kind_of,
     prior_of,
 )
+from invdiff.pipelines.tables import document_of
 from invdiff.protocols import Prior
 from invdiff.reconstruction import sample
 from invdiff.samplers import Solver
@@ -118,9 +118,7 @@ def resolve(flags: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) ->
     Raises:
         ValueError: a wrong table, key, kind or value; the right ones are listed.
     """
-    given = {table: {k: v for k, v in values.items() if v is not None} for table, values in flags.items()}
-    document = with_overrides(given, overrides)
-    check_tables(document, TABLES)
+    document = document_of({}, flags, overrides, TABLES)
     table = dict(document["sampler"])
     kind = table.pop("kind")
     if kind not in solvers():

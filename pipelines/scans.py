@@ -12,7 +12,7 @@ from invdiff.datasets import Measurements, Volume, read_htc2022, read_measuremen
 from invdiff.datasets.read import is_raw
 from invdiff.operators import Whitened
 from invdiff.pipelines.budget import built
-from invdiff.pipelines.mri import MRIConfig, way_of, with_checked_maps
+from invdiff.pipelines.mri import MRIConfig, as_seen_by, way_of
 from invdiff.pipelines.raw_mr import RawConfig, read_raw
 from invdiff.priors import NoPrior
 from invdiff.protocols import Prior
@@ -84,7 +84,7 @@ def image_of(
     Raises:
         ValueError: a scan of real images, or parts that do not fit one another.
     """
-    scan = with_checked_maps(scan, sampler, how)
+    scan = as_seen_by(scan, sampler, how)
     operator, y, sigma_y = operator_of(scan)
     way = way_of(scan, operator, y, sampler, how, False)
     if way is None:

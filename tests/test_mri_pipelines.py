@@ -147,12 +147,12 @@ def test_simulation_knows_its_scale_noise_and_coils() -> None:
 
 
 def test_generative_samplers_hear_the_data_everywhere(scan: Path) -> None:
-    from invdiff.pipelines.mri import with_checked_maps
+    from invdiff.pipelines.mri import as_seen_by
 
     measured = read_measurements(scan)[0]
     assert bool((measured.fields["maps"].abs().sum(1) == 0).any())
-    assert torch.equal(with_checked_maps(measured, SENSE()).fields["maps"], measured.fields["maps"])
-    power = with_checked_maps(measured, DDS()).fields["maps"].abs().square().sum(1)
+    assert torch.equal(as_seen_by(measured, SENSE()).fields["maps"], measured.fields["maps"])
+    power = as_seen_by(measured, DDS()).fields["maps"].abs().square().sum(1)
     torch.testing.assert_close(power, torch.ones_like(power), atol=1e-4, rtol=0)
 
 
