@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -18,6 +17,9 @@ from invdiff.files import whole_file
 from invdiff.metrics import compare
 from invdiff.noise import KeyedNoise
 from invdiff.operators import CartesianMRI, KnownPhase
+from invdiff.operators.mri.calibration import image_scale
+from invdiff.operators.mri.masks import uniform_mask
+from invdiff.operators.mri.simulate import simulate_kspace
 from invdiff.pipelines.output import versions
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.reconstruct import RunConfig, prior_of
@@ -31,7 +33,7 @@ CT_FILES = {"head": "J2K_pixelrep_mismatch.dcm", "spine": "CT_small.dcm"}  # in 
 MR_FILE = "example4d.nii.gz"  # in nibabel's wheel
 VIEWS, PHOTONS = 30, 1e5
 ACCELERATION, CENTRE = 3, 0.12  # of the MR sampling: one line in three, and this share of the middle
-MR_SIGMA, QUANTILE = 0.01, 0.999  # noise of k-space, of the quantile of the non-zero voxels that is the prior's 1
+MR_SIGMA = 0.01  # noise of k-space, of what is 1 for the prior
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
 
 
@@ -94,15 +96,11 @@ def _mr(out: Path, console: Console, progress: Progress) -> dict[str, Any]:
     volume = read_volume(Path(nibabel.__file__).parent / "tests" / "data" / MR_FILE)
     volume = replace(volume, data=volume.data[:, :1].clone())
     s, _, h, w = volume.data.shape
-    one = float(np.quantile(volume.data[volume.data != 0].numpy(), QUANTILE))  # is 1 in the prior's unit
+    one = image_scale(volume.data)  # is 1 in the prior's unit
     console.print(f"MR: nibabel's {MR_FILE}, {s} slices, one k-space line in {ACCELERATION}, {MR_SIGMA:.0%} noise")
-    mask = torch.zeros(h, w)
-    mask[::ACCELERATION] = 1
-    half = round(CENTRE * h / 2)
-    mask[h // 2 - half : h // 2 + half] = 1
-    operator = CartesianMRI(mask, slices=s) @ KnownPhase(torch.zeros(h, w), slices=s)
-    clean = operator(volume.data / one)
-    y = clean + MR_SIGMA * 2**0.5 * mask * KeyedNoise(0)(0, clean)  # complex noise has variance 1/2 a component
+    coil = CartesianMRI(uniform_mask((h, w), ACCELERATION, CENTRE, readout="w"), slices=s)
+    y = simulate_kspace(volume.data / one, coil, sigma=MR_SIGMA, noise=KeyedNoise(0))
+    operator = coil @ KnownPhase(torch.zeros(h, w), slices=s)
     none = NoPrior("a.u.", 0.0, 1.0)
     pictures: dict[str, torch.Tensor] = {"truth": volume.data[s // 2, 0]}
     numbers: dict[str, Any] = {}
