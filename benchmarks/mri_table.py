@@ -9,7 +9,7 @@ random lines with 8 % (4 % at 8x) of the centre; radial: golden-angle spokes, as
 from the mask's own centre lines, for radial scans from a separate scan of 24 x 24 samples with the same noise.
 "magnitude": one channel under the phase of the low-resolution image; "complex": two channels. The weights of L1-wavelet
 and TV are the best of a grid for each cell, by the PSNR against the truth: that favours them. Ours run with their
-defaults.
+defaults (DDS without its term across slices, of which there is one).
 
 Radial and complex scans are of the volumes in SLOW alone. DPS, SplitGibbs and DiffusionMBIR are slow and run in
 few cells (magnitude, Cartesian, volumes in SLOW); DiffusionMBIR takes three neighbouring slices, of which the middle
@@ -58,7 +58,7 @@ TUNED: dict[str, list[Any]] = {
     "TV": [TV(steps=25, rho=0.05, lam=lam, lam_z=0.0) for lam in (3e-3, 1e-2)],
 }
 PLAIN: dict[str, Any] = {"zero-filled": ZeroFilled(), "SENSE": SENSE()}
-OURS: dict[str, Any] = {"RED-Diff": REDDiff(steps=30), "DDS": DDS(steps=30, lam=0.0)}
+OURS: dict[str, Any] = {"RED-Diff": REDDiff(), "DDS": DDS(lam=0.0)}
 SLOWER: dict[str, Any] = {
     "DPS": DPS(steps=60),
     "SplitGibbs": SplitGibbs(steps=40, keep=5),
