@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from invdiff.datasets.kspace import KSpace, to_image
+from invdiff.datasets.kspace import KSpace
 from invdiff.datasets.orientation import centred_affine
 from invdiff.files import existing_file, sha256_of, whole_file
+from invdiff.fourier import centred_ifft
 
 READ, PHS1, PHS2, COIL, SLICE, DIMENSIONS = 0, 1, 2, 3, 13, 16  # of BART's axes
 _MARK = "# Dimensions"
@@ -94,7 +95,7 @@ def read_bart(
         if sizes[SLICE] > 1:
             raise ValueError(f"{path} has sizes {sizes}: partitions and slices; one of them is wanted")
         sampled = (data[..., 0] != 0).any(-1).any(0)  # PHS1, PHS2
-        data = to_image(data[..., 0], 0).permute(0, 3, 1, 2).contiguous() * sampled
+        data = centred_ifft(data[..., 0], (0,)).permute(0, 3, 1, 2).contiguous() * sampled
         affine = centred_affine((data.shape[0], data.shape[2], data.shape[3]), spacing_mm)
         return KSpace(data=data, mask=sampled, affine=affine, source=source)
     data = data[:, :, 0].permute(3, 2, 1, 0).contiguous()

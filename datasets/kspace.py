@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from invdiff.datasets.orientation import CANONICAL, Affine, Storage, checked_affine, spacing_of
+from invdiff.fourier import centred_fft, centred_ifft
 
 _NOTHING = 1e-6  # of the largest value: a slice below is rounding
 _IN_PLANE = ((-1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, -1.0))  # left, posterior, inferior in RAS
@@ -160,19 +161,7 @@ def without_oversampling(kspace: KSpace) -> KSpace:
 
 def cut_readout(data: Tensor, dim: int, size: int) -> Tensor:
     """k-space of the middle ``size`` pixels along ``dim``: centred orthonormal transforms, index n // 2 the middle."""
-    return to_kspace(middle(to_image(data, dim), dim, size), dim)
-
-
-def to_image(data: Tensor, dim: int) -> Tensor:
-    """Centred orthonormal inverse FFT along one axis."""
-    shifted = torch.fft.ifft(torch.fft.ifftshift(data, dim=dim), dim=dim, norm="ortho")
-    return torch.fft.fftshift(shifted, dim=dim)
-
-
-def to_kspace(data: Tensor, dim: int) -> Tensor:
-    """Centred orthonormal FFT along one axis."""
-    shifted = torch.fft.fft(torch.fft.ifftshift(data, dim=dim), dim=dim, norm="ortho")
-    return torch.fft.fftshift(shifted, dim=dim)
+    return centred_fft(middle(centred_ifft(data, (dim,)), dim, size), (dim,))
 
 
 def middle(data: Tensor, dim: int, size: int) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from invdiff.datasets.kspace import KSpace, middle, to_image
+from invdiff.datasets.kspace import KSpace, middle
 from invdiff.datasets.orientation import Affine
+from invdiff.fourier import centred_ifft
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 _EVEN = 0.01  # slices are evenly spaced to this part of their mean distance
@@ -146,7 +147,7 @@ def _slab(
     x, size = data.shape[4], data.shape[4] if recon is None else min(recon[0], data.shape[4])
 
     def sliced(grid: NDArray[np.complex64], pixels: int) -> Tensor:
-        image = middle(to_image(torch.from_numpy(grid[0]), 3), 3, pixels)
+        image = middle(centred_ifft(torch.from_numpy(grid[0]), (3,)), 3, pixels)
         return image.permute(3, 0, 2, 1).contiguous()
 
     axes = (where.normal * pixel[2], where.phase * pixel[1], where.read * pixel[0])

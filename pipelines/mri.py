@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from invdiff.datasets import Measurements, Volume
+from invdiff.fourier import centred_fft
 from invdiff.noise import KeyedNoise
 from invdiff.operators import CartesianMRI, KnownPhase, RealChannels
 from invdiff.operators.mri.calibration import (
@@ -24,7 +25,6 @@ from invdiff.operators.mri.calibration import (
     low_resolution_phase,
 )
 from invdiff.operators.mri.espirit import espirit_maps
-from invdiff.operators.mri.fourier import centred_fft
 from invdiff.operators.mri.grappa import grappa
 from invdiff.operators.mri.simulate import birdcage_maps, simulate_kspace, smooth_phase
 from invdiff.priors import MagnitudePhase, NoPrior, Rescaled

@@ -13,6 +13,7 @@ from torch import Tensor
 from invdiff.config import build, with_overrides
 from invdiff.datasets import KSpace, Measurements, Volume, read_kspace, without_oversampling, write_measurements
 from invdiff.datasets.kspace import middle
+from invdiff.fourier import centred_fft
 from invdiff.operators import CartesianMRI, NonCartesianMRI
 from invdiff.operators.mri.calibration import (
     EDGE,
@@ -25,7 +26,6 @@ from invdiff.operators.mri.calibration import (
     root_sum_of_squares,
 )
 from invdiff.operators.mri.espirit import espirit_maps
-from invdiff.operators.mri.fourier import centred_fft
 from invdiff.pipelines.mri import UNIT, MRSimulation, mask_of
 from invdiff.pipelines.output import check_writable, write_volume
 

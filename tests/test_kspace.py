@@ -10,7 +10,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from invdiff.datasets import KSpace, upright, without_oversampling
-from invdiff.datasets.kspace import exchanged, to_image, to_kspace
+from invdiff.datasets.kspace import exchanged
+from invdiff.fourier import centred_fft, centred_ifft
 from invdiff.metrics import fastmri_metrics
 
 
@@ -28,14 +29,14 @@ def point(shape, voxel, affine=None, coils=2, **more) -> KSpace:
     s, h, w = shape
     image = torch.zeros(s, coils, h, w, dtype=torch.complex64)
     image[voxel[0], :, voxel[1], voxel[2]] = torch.tensor([1.0 + 2.0j, 3.0 - 1.0j])[:coils]
-    data = to_kspace(to_kspace(image, -1), -2)
+    data = centred_fft(image)
     image += 1e-3  # a little everywhere: no slice is empty
-    data = to_kspace(to_kspace(image, -1), -2) + 1e-6
+    data = centred_fft(image) + 1e-6
     return KSpace(data, torch.ones(h, w, dtype=torch.bool), oblique() if affine is None else affine, **more)
 
 
 def image_of(kspace: KSpace) -> torch.Tensor:
-    return to_image(to_image(kspace.data, -1), -2)
+    return centred_ifft(kspace.data)
 
 
 def brightest(kspace: KSpace) -> np.ndarray:

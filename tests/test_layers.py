@@ -14,6 +14,7 @@ MAY: dict[str, set[str]] = {
     "invdiff.protocols": set(),
     "invdiff.units": set(),
     "invdiff.linalg": set(),
+    "invdiff.fourier": set(),
     "invdiff.wavelets": set(),
     "invdiff.noise": set(),
     "invdiff.files": set(),
@@ -34,8 +35,10 @@ MAY: dict[str, set[str]] = {
         "invdiff.protocols", "invdiff.noise", "invdiff.priors", "invdiff.problem", "invdiff.run", "invdiff.samplers",
         "invdiff.uncertainty", "invdiff.units",
     },
-    "invdiff.operators": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.units"},
-    "invdiff.datasets": {"invdiff.units", "invdiff.files", "invdiff.noise"},
+    "invdiff.operators": {
+        "invdiff.protocols", "invdiff.linalg", "invdiff.fourier", "invdiff.noise", "invdiff.units",
+    },
+    "invdiff.datasets": {"invdiff.units", "invdiff.files", "invdiff.noise", "invdiff.fourier"},
     "invdiff.pipelines": {"invdiff"},
 }  # fmt: skip
 FOLDERS = {"invdiff": "invdiff", "operators": "invdiff.operators", "datasets": "invdiff.datasets",

@@ -24,10 +24,10 @@ from invdiff.datasets import (
     write_ismrmrd,
     write_measurements,
 )
+from invdiff.fourier import centred_fft
 from invdiff.noise import KeyedNoise
 from invdiff.operators import CartesianMRI, NonCartesianMRI
 from invdiff.operators.mri.calibration import find_acs, noise_covariance
-from invdiff.operators.mri.fourier import centred_fft
 from invdiff.operators.mri.simulate import birdcage_maps, smooth_phase
 from invdiff.operators.mri.trajectories import radial
 from invdiff.pipelines.mri import MRIConfig
@@ -274,7 +274,7 @@ def file(tmp_path: Path) -> Path:
     wide = raw(readout="w")
     image = torch.zeros(SLICES, COILS, H, 2 * W + 1, dtype=torch.complex64)
     start = (2 * W + 1) // 2 - W // 2
-    from invdiff.operators.mri.fourier import centred_ifft
+    from invdiff.fourier import centred_ifft
 
     image[..., start : start + W] = centred_ifft(wide.data)
     affine = axial()

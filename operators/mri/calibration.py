@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from invdiff.operators.mri.fourier import centred_ifft
+from invdiff.fourier import centred_ifft
 
 MAPS_TOLERANCE = 1e-3  # of the sum of squares of normalised maps from 1
 QUANTILE = 0.999  # of the image's voxels, that is 1 in the a.u. of the prior brain-mr

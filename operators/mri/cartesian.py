@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from invdiff.fourier import PLANE, VOLUME, centred_fft, centred_ifft
 from invdiff.operators.channels import slice_count
 from invdiff.operators.linear import LinearOperatorBase, SelfAdjoint, as_dtype, dtype_name
 from invdiff.operators.mask import check_mask
-from invdiff.operators.mri.fourier import PLANE, VOLUME, centred_fft, centred_ifft
 from invdiff.operators.sparse import MatchedProduct
 from invdiff.protocols import Space
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from invdiff.fourier import PLANE
 from invdiff.noise import KeyedNoise
-from invdiff.operators.mri.fourier import PLANE
 
 FEWEST, MOST = 4, 6  # samples to a side of a patch
 

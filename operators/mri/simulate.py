@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from invdiff.fourier import centred_fft, centred_ifft
 from invdiff.noise import KeyedNoise
 from invdiff.operators.mri.calibration import normalised_maps
-from invdiff.operators.mri.fourier import centred_fft, centred_ifft
 from invdiff.operators.noise import Gaussian
 from invdiff.protocols import LinearOperator, Noise
 
