@@ -64,7 +64,7 @@ def test_training_learns_to_denoise() -> None:
     """Constant images of two levels: the best denoiser averages over the image, far below the pixel's own noise."""
     images = torch.tensor([-0.5, 0.5])[:, None, None].expand(2, 32, 32).numpy() * 1000
     slices = Slices(images, torch.arange(2).numpy(), torch.ones(2).numpy())
-    config = TrainingConfig(images=4000, crops=(16,), batches=(16,), shares=(1.0,), warmup=200, ema=300, rate=2e-3)
+    config = TrainingConfig(images=16_000, crops=(16,), batches=(16,), shares=(1.0,), warmup=200, ema=300, rate=2e-3)
     info = PriorInfo("toy", "HU", -1000.0, 1000.0, 0.01, 5.0, 0.5, (1.0, 1.0))
     sizes = UNetConfig(channels=(16, 32), blocks=(1, 1), norm_groups=8)
     losses = [s.loss for s in train(start(config, sizes), slices, config, info, Alone(), None)]
