@@ -278,6 +278,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     prepared = prepare(y.to(home_of(job.run)), operator, prior, sigma_y, KeyedNoise(job.run.seed), mu_water)
     changed = [repr(v) for v in (job.gather, job.averaged.flips, job.averaged.shifts) if v]
     changed += [] if way is None else [repr(way.record)]
+    changed += [] if scan.keep is None else [fingerprint(scan.keep)]
     key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed, *changed)
     path = checkpoint_path(job.out)
     began = time.monotonic()
