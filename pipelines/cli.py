@@ -270,6 +270,8 @@ def inpaint(
     circuit: Annotated[str | None, typer.Option(help="A shipped circuit or its folder; as the prior if not given.")] = (
         None
     ),
+    like: Annotated[Path | None, typer.Option(help="An example on the volume's grid, for the circuit.")] = None,
+    like_region: Annotated[Path | None, typer.Option(help="NIfTI on it: 1 where the example counts.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="NIfTI file, or a folder name for DICOM.")] = Path(
         "inpainted.nii.gz"
     ),
@@ -286,7 +288,12 @@ def inpaint(
     flags: dict[str, dict[str, Any]] = {
         "input": {"volume": str(volume), "mask": str(mask)},
         "prior": {"name": prior},
-        "steer": {"kind": steer, "circuit": circuit},
+        "steer": {
+            "kind": steer,
+            "circuit": circuit,
+            "like": None if like is None else str(like),
+            "like_region": None if like_region is None else str(like_region),
+        },
         "sampler": {"kind": sampler},
         "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
         "output": {"path": str(out)},
