@@ -142,6 +142,10 @@ def reconstruct(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,
+    steer: Annotated[str | None, typer.Option(help="none, or circuit: CT, at high noise.")] = None,
+    circuit: Annotated[str | None, typer.Option(help="A shipped circuit or its folder; as the prior if not given.")] = (
+        None
+    ),
     samples: Samples = None,
     best_of: BestOf = None,
     invented: Invented = False,
@@ -158,6 +162,7 @@ def reconstruct(
         "sampler": {"kind": sampler},
         "input": {"index": index},
         "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
+        "steer": {"kind": steer, "circuit": circuit},
     }
     flags |= _how_sure(samples, best_of, invented)
     job = pipeline.resolve(scan, flags, overrides or [])

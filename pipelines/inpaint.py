@@ -25,7 +25,7 @@ from invdiff.pipelines.output import beside, check_writable, checkpoint_path, ve
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.reconstruct import Progress, RunConfig, kind_of, prior_of
 from invdiff.pipelines.scans import notes_on
-from invdiff.pipelines.steering import SteerConfig, circuit_of, example_of
+from invdiff.pipelines.steering import SteerConfig, check_steered, circuit_of, example_of
 from invdiff.pipelines.tables import document_of
 from invdiff.priors import Steered
 from invdiff.problem import prepare
@@ -98,11 +98,7 @@ def resolve(flags: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) ->
         steer=build(SteerConfig, document["steer"], "steer"),
         run=build(RunConfig, document["run"], "run"),
     )
-    if job.steer.kind == "circuit" and job.sampler.sigma(0) <= job.steer.sigma_stop:
-        raise ValueError(
-            f"the sampler starts at sigma {job.sampler.sigma(0):g} and steering ends at {job.steer.sigma_stop:g}: "
-            "a larger sampler.sigma_max or a smaller steer.sigma_stop is wanted"
-        )
+    check_steered(job.steer, job.sampler, name, job.prior)
     return job
 
 

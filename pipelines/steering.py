@@ -8,16 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from invdiff.circuits import load as load_circuit
-from invdiff.circuits.evidence import of_example
+from invdiff.circuits.evidence import of_example, product
 from invdiff.circuits.images import ImageCircuit
 from invdiff.circuits.inputs import Spot
-from invdiff.datasets import Volume, read_volume
+from invdiff.datasets import Measurements, Volume, read_volume
 from invdiff.files import sha256_of
+from invdiff.pipelines.measured_cells import check_covered, evidence_of
 from invdiff.pipelines.regions import check_grid, read_region
+from invdiff.priors import Steered
 from invdiff.priors.steered import SIGMA_STOP, check_range
+from invdiff.protocols import Prior
+
+SIGMA_STOP_MEASURED = 1.0  # of CT: see docs/inpainting.md
 
 
 @dataclass(frozen=True)
@@ -107,3 +113,64 @@ def example_of(
         raise ValueError(f"the example's region {steer.like_region} is empty in the slices that are steered")
     pixels = info.in_prior_units(example.data[some] / one(example))
     return of_example(circuit.info, pixels, region, steer.like_strength)
+
+
+def check_steered(steer: SteerConfig, sampler: Any, name: str, prior: str) -> None:
+    """Refuse a sampler that has nothing to steer, or that starts below where steering ends.
+
+    Args:
+        steer: the table.
+        sampler: a sampler.
+        name: of it.
+        prior: name of the prior.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if steer.kind == "none":
+        return
+    if prior == "none" or not hasattr(sampler, "sigma_max"):
+        raise ValueError(f"{name!r} has no prior to steer; a sampler with a prior is wanted, such as dds with ct")
+    if sampler.sigma(0) <= steer.sigma_stop:
+        raise ValueError(
+            f"the sampler starts at sigma {sampler.sigma(0):g} and steering ends at {steer.sigma_stop:g}: "
+            "a larger sampler.sigma_max or a smaller steer.sigma_stop is wanted"
+        )
+
+
+def steered(
+    steer: SteerConfig, circuit: ImageCircuit | None, scan: Measurements, prior: Prior, grid: Volume, like: Tensor
+) -> Prior:
+    """The prior of a scan's images, steered by what the scan says of the cells; itself without a circuit.
+
+    Args:
+        steer: the table.
+        circuit: see ``circuit_of``.
+        scan: CT.
+        prior: of its images.
+        grid: an image of the scan, whose place and unit an example must have.
+        like: any tensor on the device of the images.
+
+    Raises:
+        ValueError: another kind of scan, images beyond the circuit's grid, an example that does not fit.
+    """
+    if circuit is None:
+        return prior
+    check_covered(scan, circuit.info)
+    evidence, shape = evidence_of(scan, circuit, prior), tuple(scan.fields["shape"])
+    some = torch.ones(shape[0], dtype=torch.bool)
+    example = example_of(steer, circuit, prior.info, grid, some, lambda v: in_unit(v, grid.unit))  # type: ignore[attr-defined]
+    whole = evidence if example is None else product(evidence, example)
+    nothing = torch.zeros(shape, device=like.device)
+    return Steered(prior, circuit, nothing, torch.zeros_like(nothing, dtype=torch.bool), steer.sigma_stop, whole)
+
+
+def in_unit(example: Volume, unit: str) -> float:
+    """1, of an example in that unit.
+
+    Raises:
+        ValueError: it is in another.
+    """
+    if example.unit != unit:
+        raise ValueError(f"the example is in {example.unit}, the image in {unit}; one unit is wanted")
+    return 1.0
