@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ct_table import middle
+
 from invdiff.circuits import load as load_circuit
 from invdiff.datasets import read_volume
 from invdiff.files import whole_file
