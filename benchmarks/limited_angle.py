@@ -34,7 +34,7 @@ from invdiff.operators import ParallelBeam, Whitened
 from invdiff.pipelines.measured_cells import evidence_of
 from invdiff.pipelines.scans import operator_of
 from invdiff.pipelines.simulate import Simulation, simulate
-from invdiff.priors import Chunked, Steered, load
+from invdiff.priors import Chunked, NoPrior, Steered, load
 from invdiff.priors.model import fast_dtype
 from invdiff.problem import prepare
 from invdiff.run import iterate, last
@@ -73,7 +73,7 @@ def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict
             found = compare(x, truth.data, "HU")
             return {"psnr": found.psnr, "ssim": found.ssim, "cpu_s": time.process_time() - began}
 
-        yield f"{folder.name}|FBP|none", lambda judged=judged: judged(FBP(), prior)
+        yield f"{folder.name}|FBP|none", lambda judged=judged: judged(FBP(), NoPrior())
         if "sinogram" in arguments.stops:
             yield (
                 f"{folder.name}|FBP|sinogram",
