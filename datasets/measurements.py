@@ -37,6 +37,8 @@ class Measurements:
         source_sha256: of the file(s) that this came from.
         storage: in which axis order the image is to be stored.
         history: what was done to the scanner's data before, and what their header says; can be written as JSON.
+        keep: bool, broadcasts to y: False where y holds no measurement (rays behind metal or beside the detector,
+            k-space that was lost); None where it holds one everywhere. Every slice keeps something.
 
     Raises:
         ValueError: not exactly one of sigma_y and sqrt_w, a value that is NaN or infinite or of the wrong sign, a
@@ -55,6 +57,7 @@ class Measurements:
     source_sha256: str = ""
     storage: Storage = CANONICAL
     history: Mapping[str, Any] = field(default_factory=dict)
+    keep: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.kind or not self.unit:
@@ -63,6 +66,8 @@ class Measurements:
         if self.y.ndim < 2 or 0 in self.y.shape:
             raise ValueError(f"y has shape {tuple(self.y.shape)}; slices and at least one more axis are wanted")
         self._check_noise()
+        if self.keep is not None:
+            _check_keep(self.keep, self.y)
         if self.mu_water is not None and not 0 < self.mu_water < math.inf:
             raise ValueError(f"mu_water is {self.mu_water}; a positive number in 1/mm is wanted")
         object.__setattr__(self, "affine", checked_affine(self.affine, "measurements"))
@@ -78,8 +83,7 @@ class Measurements:
         _check_finite(self.sqrt_w, "sqrt_w")
         if self.sqrt_w.is_complex() or bool((self.sqrt_w < 0).any()):
             raise ValueError("sqrt_w has complex or negative values; real ones of at least 0 are wanted")
-        sizes = zip(reversed(self.sqrt_w.shape), reversed(self.y.shape), strict=False)
-        if self.sqrt_w.ndim > self.y.ndim or any(a not in (1, b) for a, b in sizes):
+        if not _fits(self.sqrt_w, self.y):
             raise ValueError(f"sqrt_w of shape {tuple(self.sqrt_w.shape)} does not fit y of {tuple(self.y.shape)}")
 
     @property
@@ -149,6 +153,8 @@ def _write_scan(group: Any, scan: Measurements) -> None:
         noise["sigma_y"] = float(scan.sigma_y)
     if scan.sqrt_w is not None:
         noise["sqrt_w"] = _array(scan.sqrt_w, "sqrt_w")
+    if scan.keep is not None:
+        group["keep"] = _array(scan.keep, "keep")
     group.attrs["unit"] = scan.unit
     if scan.mu_water is not None:
         group.attrs["mu_water"] = float(scan.mu_water)
@@ -180,6 +186,7 @@ def _read_scan(group: Any) -> Measurements:
         source_sha256=str(_attribute(group, "source_sha256")),
         storage=Storage(tuple(axes), tuple(flips)),  # type: ignore[arg-type]
         history=json.loads(group.attrs["history"]) if "history" in group.attrs else {},
+        keep=_tensor(group["keep"]) if "keep" in group else None,
     )
     spacing = np.asarray(_part(geometry, "spacing_mm")[()])
     if spacing.shape != (3,) or not np.allclose(spacing, scan.spacing_mm, rtol=1e-6, atol=0):
@@ -215,6 +222,20 @@ def _check_finite(value: Tensor, name: str) -> None:
     bad = int((~torch.isfinite(value)).sum())
     if bad:
         raise ValueError(f"{bad} of {value.numel()} values of {name} are NaN or infinite; all must be finite")
+
+
+def _fits(value: Tensor, y: Tensor) -> bool:
+    """Whether ``value`` broadcasts to y."""
+    sizes = zip(reversed(value.shape), reversed(y.shape), strict=False)
+    return value.ndim <= y.ndim and all(a in (1, b) for a, b in sizes)
+
+
+def _check_keep(keep: Tensor, y: Tensor) -> None:
+    if keep.dtype != torch.bool or not _fits(keep, y):
+        raise ValueError(f"keep is {tuple(keep.shape)} {keep.dtype}; bool that fits y of {tuple(y.shape)} is wanted")
+    empty = (~keep.expand(y.shape).flatten(1).any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"keep leaves nothing of slices {empty}; at least one measurement a slice is wanted")
 
 
 def _checked_field(key: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ from invdiff.operators.compose import Normalised, Whitened, stack
 from invdiff.operators.ct.fan import FanBeam
 from invdiff.operators.ct.fbp import fbp
 from invdiff.operators.ct.parallel import ParallelBeam
+from invdiff.operators.ct.shadow import metal_shadow, within_field
 from invdiff.operators.linear import LinearOperatorBase
 from invdiff.operators.mask import Diagonal, Mask
 from invdiff.operators.mri.cartesian import CartesianMRI, CartesianMRI3D
@@ -32,5 +33,7 @@ __all__ = [
     "Whitened",
     "fbp",
     "gaussian_kernel",
+    "metal_shadow",
     "stack",
+    "within_field",
 ]

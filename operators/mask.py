@@ -1,4 +1,4 @@
-"""Pointwise operators: a diagonal, and the mask that keeps some pixels."""
+"""Pointwise operators: a diagonal, the mask that keeps some pixels, and an operator whose measurements a mask thins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.operators.linear import LinearOperatorBase, as_dtype, dtype_name
+from invdiff.operators.linear import Composition, LinearOperatorBase, as_dtype, dtype_name
 from invdiff.protocols import Space
 
 
@@ -64,9 +64,13 @@ class Diagonal(LinearOperatorBase):
 class Mask(Diagonal):
     """Keeps the pixels where ``mask`` is 1 and sets the others to 0 (inpainting).
 
+    ``Mask(keep, operator.range.shape) @ operator`` is the operator without the measurements that ``keep`` leaves out:
+    see ``Masked``.
+
     Args:
-        mask: bool or 0 and 1: (h w), (s h w) or (s c h w).
-        shape: (s c h w) of the domain; from ``mask`` if None, with one slice or channel where it names none.
+        mask: bool or 0 and 1: (h w), (s h w) or (s c h w); any that broadcasts where ``shape`` has not four axes.
+        shape: (s c h w) of the domain, or of any measurements; from ``mask`` if None, with one slice or channel where
+            it names none.
         dtype: of the domain and the range.
 
     Raises:
@@ -78,15 +82,69 @@ class Mask(Diagonal):
     def __init__(
         self, mask: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | str = torch.float32
     ) -> None:
-        full = check_mask(mask)
+        full = check_mask(mask) if shape is None or len(shape) == 4 else check_binary(mask)
         super().__init__(full, full.shape if shape is None else shape, dtype)
-        if len(self.domain.shape) != 4:
-            raise ValueError(f"shape is {self.domain.shape}; (s c h w) is wanted")
+        if len(self.domain.shape) < 2:
+            raise ValueError(f"shape is {self.domain.shape}; (s c h w) or another with a slice axis is wanted")
+
+    def __matmul__(self, other: LinearOperatorBase) -> LinearOperatorBase:
+        """``Masked``: the operator without some of its measurements."""
+        return Masked(self, other)
 
     def fields(self) -> dict[str, Any]:
         """``mask`` (bool tensor), ``shape``, ``dtype``."""
         shape, dtype = self.domain
         return {"mask": self.diagonal != 0, "shape": list(shape), "dtype": dtype_name(dtype)}
+
+
+class Masked(Composition):
+    """M A, the measurements of A that a mask keeps, the others 0: k-space and sinogram inpainting. ``Mask @ A``.
+
+    Args:
+        outer: M, on the range of A.
+        inner: A.
+
+    Raises:
+        ValueError: the spaces differ.
+    """
+
+    outer: Mask
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Those of A of which anything is kept."""
+        return tuple(v for v in self.inner.views if bool(self.inner.part(self._kept, [v]).any()))
+
+    def split(self, index: Sequence[int]) -> LinearOperatorBase:
+        """The chosen views of A with their part of the mask."""
+        part = self.inner.split(index)
+        return Mask(self.inner.part(self._kept, index) != 0, *part.range) @ part
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        """As A chooses."""
+        return self.inner.part(y, index)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """Least squares by conjugate gradients; of projections A's own ``pinv``.
+
+        That is of the views of which anything is kept, other rays interpolated along the detector (Kalender, Hebel &
+        Ebersberger 1987).
+        """
+        if not hasattr(self.inner, "interpolated"):
+            return LinearOperatorBase.pinv(self, y)
+        self._check(y, self.range, "measurement")
+        views = self.views
+        if 0 < len(views) < len(self.inner.views):
+            return self.split(views).pinv(self.part(y, views))
+        kept = (self.outer.diagonal != 0).expand(self.range.shape)
+        return self.inner.pinv(self.inner.interpolated(y, kept.to(y.device)))
+
+    @property
+    def _kept(self) -> Tensor:
+        """The mask, with the axes along which A may cut it."""
+        kept = self.outer.diagonal
+        lead = [1] * (len(self.range.shape) - kept.ndim) + list(kept.shape)
+        return kept.expand(*lead[:-2], *self.range.shape[-2:])
 
 
 def check_mask(mask: Tensor) -> Tensor:
@@ -97,7 +155,16 @@ def check_mask(mask: Tensor) -> Tensor:
     """
     if mask.ndim not in (2, 3, 4):
         raise ValueError(f"the mask is {tuple(mask.shape)}; (h w), (s h w) or (s c h w) is wanted")
+    on = check_binary(mask)
+    return on[None, None] if on.ndim == 2 else on[:, None] if on.ndim == 3 else on
+
+
+def check_binary(mask: Tensor) -> Tensor:
+    """A mask as bool.
+
+    Raises:
+        ValueError: values other than 0 and 1.
+    """
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("the mask holds values other than 0 and 1")
-    on = mask != 0
-    return on[None, None] if on.ndim == 2 else on[:, None] if on.ndim == 3 else on
+    return mask != 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from invdiff.config import find
 from invdiff.datasets import Measurements
 from invdiff.invented import Split, measured_or_invented
-from invdiff.operators import Whitened
+from invdiff.operators import Mask, Whitened
 from invdiff.operators.ct.beam import MEMORY_MB, BeamOperator
 from invdiff.operators.linear import LinearOperatorBase
 from invdiff.pipelines.memory import OWN_BYTES, Tally, free_bytes, out_of_memory
@@ -119,7 +119,7 @@ class Work:
     split: Split | None = None
 
 
-def volume_of(work: Work, prior: Prior, operator: Outline, sqrt_w: Tensor | None) -> Volume:
+def volume_of(work: Work, prior: Prior, operator: Outline, sqrt_w: Tensor | None, keep: Tensor | None = None) -> Volume:
     """Count the tensors of a short run.
 
     Args:
@@ -127,12 +127,14 @@ def volume_of(work: Work, prior: Prior, operator: Outline, sqrt_w: Tensor | None
         prior: states range and unit; it is not called.
         operator: of a few slices.
         sqrt_w: ray weights of these slices, or None.
+        keep: what was measured of these slices, with the axes of y, or None for all.
     """
     s = operator.domain.shape[0]
     with Tally() as tally:
         stand_in = StandIn(prior, tally)
         y = torch.ones(operator.range.shape, dtype=operator.range.dtype)
-        whole: Any = operator if sqrt_w is None else Whitened(operator, sqrt_w)
+        whole: Any = operator if keep is None else Mask(keep, *operator.range) @ operator
+        whole = whole if sqrt_w is None else Whitened(whole, sqrt_w)
         y = y if sqrt_w is None else sqrt_w * y
         sigma_y = SIGMA_Y * prior_to_operator(prior, operator)[1].scale  # of an operator of norm 1
         prepared = prepare(y, whole, work.wrapped(Chunked(stand_in, 1)), sigma_y)
@@ -326,8 +328,9 @@ def budget_of(
     slices, *shape = shapes.domain.shape
     few = min(FEW, slices)
     spaces = [Space((few, *space.shape[1:]), space.dtype) for space in (shapes.domain, shapes.range)]
-    weights = None if scan.sqrt_w is None else scan.sqrt_w[: few if len(scan.sqrt_w) > 1 else 1]
-    volume = volume_of(work, prior, Outline(spaces[0], spaces[1], shapes.unit), weights)
+    whole = [None if v is None else with_axes(v, scan.y.ndim) for v in (scan.sqrt_w, scan.keep)]
+    weights, keep = (v if v is None or len(v) == 1 else v[:few] for v in whole)
+    volume = volume_of(work, prior, Outline(spaces[0], spaces[1], shapes.unit), weights, keep)
     silent = isinstance(prior, NoPrior)
     network = (0.0, 0.0) if silent else network_bytes(prior, tuple(shape), device, volume.differentiated)
     image = math.prod(shapes.domain.shape) * shapes.domain.dtype.itemsize
@@ -338,6 +341,11 @@ def budget_of(
     while not chunk and free is not None and budget.chunk > 1 and budget.on_device > AUTO_SHARE * free:
         budget = replace(budget, chunk=math.ceil(budget.chunk / 2))
     return budget
+
+
+def with_axes(value: Tensor, count: int) -> Tensor:
+    """What broadcasts over measurements of so many axes, with as many itself."""
+    return value.reshape(*[1] * (count - value.ndim), *value.shape)
 
 
 def check(budget: Budget, device: torch.device, home: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the pictures and vol
     pipeline.run(out, console, show_progress)
 
 
-CT_ONLY = ("views", "arc", "first", "photons", "sigma", "reduce")  # options of simulate
+CT_ONLY = ("views", "arc", "first", "photons", "sigma", "reduce", "metal", "field")  # options of simulate
 MR_ONLY = ("acceleration", "coils", "mask", "centre", "noise", "phase", "true_maps")
 
 
@@ -75,6 +76,8 @@ def simulate(
     photons: Annotated[float, typer.Option(help="Photons a ray; 0 is noiseless.")] = 0.0,
     sigma: Annotated[float, typer.Option(help="Gaussian noise on the line integrals instead.")] = 0.0,
     reduce: Annotated[int, typer.Option(help="Volume pixels to one of the reconstruction; 0 chooses.")] = 0,
+    metal: Annotated[Path | None, typer.Option(help="NIfTI on the volume's grid: rays through its 1 are lost.")] = None,
+    field: Annotated[float, typer.Option(help="Diameter in mm that the detector sees; 0 is all.")] = 0.0,
     acceleration: Annotated[float, typer.Option(help="MRI: samples of the grid to one taken.")] = 4.0,
     coils: Annotated[int, typer.Option(help="MRI: coils about the image.")] = 8,
     mask: Annotated[str, typer.Option(help="MRI: uniform, random, equispaced, poisson, radial.")] = "equispaced",
@@ -88,9 +91,14 @@ def simulate(
     """Measure a volume, as a measurement file: line integrals of CT or k-space of MR, with noise."""
     from invdiff.datasets import read_volume, write_measurements
     from invdiff.pipelines import simulate as pipeline
+    from invdiff.pipelines.regions import read_region
 
     _refuse_options(context, CT_ONLY if operator == "mri" else MR_ONLY, operator)
-    chosen = pipeline.some_slices(read_volume(volume), slices)
+    whole = read_volume(volume)
+    chosen, solid = pipeline.some_slices(whole, slices), None
+    if metal is not None:
+        marked = replace(whole, data=read_region(metal, whole, "the metal's region").float())
+        solid = pipeline.some_slices(marked, slices).data != 0
     if operator == "mri":
         from invdiff.pipelines import mri
 
@@ -100,8 +108,8 @@ def simulate(
         share = float(scan.fields["mask"].float().mean())
         taken = f"k-space of {coils} coils, {100 * share:.3g} % of the grid, of"
     else:
-        how = pipeline.Simulation(operator, views, arc, first, photons, sigma, reduce, seed=seed)
-        scan, truth = pipeline.simulate(chosen, how)
+        how = pipeline.Simulation(operator, views, arc, first, photons, sigma, reduce, seed=seed, field=field)
+        scan, truth = pipeline.simulate(chosen, how, solid)
         taken = f"{views} views over {arc:g} degrees of"
     write_measurements(out, [scan])
     s, _, h, w = truth.data.shape
@@ -134,6 +142,10 @@ def reconstruct(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Network arithmetic: auto, float32, bfloat16, float16.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Slices denoised at once; 0 finds how many.")] = None,
+    steer: Annotated[str | None, typer.Option(help="none, or circuit: CT, at high noise.")] = None,
+    circuit: Annotated[str | None, typer.Option(help="A shipped circuit or its folder; as the prior if not given.")] = (
+        None
+    ),
     samples: Samples = None,
     best_of: BestOf = None,
     invented: Invented = False,
@@ -150,6 +162,7 @@ def reconstruct(
         "sampler": {"kind": sampler},
         "input": {"index": index},
         "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
+        "steer": {"kind": steer, "circuit": circuit},
     }
     flags |= _how_sure(samples, best_of, invented)
     job = pipeline.resolve(scan, flags, overrides or [])
@@ -262,6 +275,8 @@ def inpaint(
     circuit: Annotated[str | None, typer.Option(help="A shipped circuit or its folder; as the prior if not given.")] = (
         None
     ),
+    like: Annotated[Path | None, typer.Option(help="An example on the volume's grid, for the circuit.")] = None,
+    like_region: Annotated[Path | None, typer.Option(help="NIfTI on it: 1 where the example counts.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="NIfTI file, or a folder name for DICOM.")] = Path(
         "inpainted.nii.gz"
     ),
@@ -278,7 +293,12 @@ def inpaint(
     flags: dict[str, dict[str, Any]] = {
         "input": {"volume": str(volume), "mask": str(mask)},
         "prior": {"name": prior},
-        "steer": {"kind": steer, "circuit": circuit},
+        "steer": {
+            "kind": steer,
+            "circuit": circuit,
+            "like": None if like is None else str(like),
+            "like_region": None if like_region is None else str(like_region),
+        },
         "sampler": {"kind": sampler},
         "run": {"seed": seed, "device": device, "dtype": dtype, "chunk": chunk},
         "output": {"path": str(out)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,8 +12,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from invdiff.circuits import load as load_circuit
 from invdiff.circuits.images import ImageCircuit
+from invdiff.circuits.inputs import Spot
 from invdiff.config import build, find
 from invdiff.datasets import Volume, read_nifti, read_volume
 from invdiff.files import sha256_of, whole_file
@@ -25,9 +25,9 @@ from invdiff.pipelines.output import beside, check_writable, checkpoint_path, ve
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.reconstruct import Progress, RunConfig, kind_of, prior_of
 from invdiff.pipelines.scans import notes_on
+from invdiff.pipelines.steering import SteerConfig, check_steered, circuit_of, example_of
 from invdiff.pipelines.tables import document_of
 from invdiff.priors import Steered
-from invdiff.priors.steered import SIGMA_STOP, check_range
 from invdiff.problem import prepare
 from invdiff.protocols import Prior, Problem
 from invdiff.reconstruction import run_record
@@ -49,25 +49,6 @@ QUANTILE = 0.999  # of the known non-zero voxels of an MR volume, which becomes 
 
 
 @dataclass(frozen=True)
-class SteerConfig:
-    """How the prior is steered.
-
-    Args:
-        kind: ``none`` or ``circuit``.
-        circuit: name of a shipped circuit or its folder; the prior's name if empty.
-        sigma_stop: noise level below which nothing is steered, prior units.
-    """
-
-    kind: str = "none"
-    circuit: str = ""
-    sigma_stop: float = SIGMA_STOP
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("none", "circuit"):
-            raise ValueError(f"steer is {self.kind!r}; none or circuit is wanted")
-
-
-@dataclass(frozen=True)
 class Inpainting:
     """What is filled in, with what, and where it goes."""
 
@@ -85,7 +66,7 @@ class Inpainting:
         return {
             "input": {"volume": str(self.volume), "mask": str(self.mask)},
             "prior": {"name": self.prior},
-            "steer": asdict(self.steer),
+            "steer": self.steer.recorded(),
             "sampler": {"kind": kind_of(self.sampler), **asdict(self.sampler)},
             "run": asdict(self.run),
             "output": {"path": str(self.out)},
@@ -117,11 +98,7 @@ def resolve(flags: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) ->
         steer=build(SteerConfig, document["steer"], "steer"),
         run=build(RunConfig, document["run"], "run"),
     )
-    if job.steer.kind == "circuit" and job.sampler.sigma(0) <= job.steer.sigma_stop:
-        raise ValueError(
-            f"the sampler starts at sigma {job.sampler.sigma(0):g} and steering ends at {job.steer.sigma_stop:g}: "
-            "a larger sampler.sigma_max or a smaller steer.sigma_stop is wanted"
-        )
+    check_steered(job.steer, job.sampler, name, job.prior)
     return job
 
 
@@ -165,6 +142,11 @@ def unit_scale(volume: Volume, known: Tensor, unit: str, name: str) -> float:
     return one
 
 
+def own_scale(unit: str) -> Callable[[Volume], float]:
+    """``unit_scale`` of a whole volume, by itself."""
+    return lambda v: unit_scale(v, torch.ones_like(v.data, dtype=torch.bool), unit, "the example")
+
+
 def _quantile(values: Tensor) -> float:
     """Of more values than ``Tensor.quantile`` takes."""
     return float(values.kthvalue(max(1, round(QUANTILE * len(values)))).values) if len(values) else 0.0
@@ -187,11 +169,11 @@ def run(job: Inpainting, resume: bool, progress: Progress) -> dict[str, Any]:
     one = unit_scale(volume, ~hole, info.unit, str(job.volume))
     some = hole.flatten(1).any(1)
     known = volume.data[some] / one
-    circuit = _circuit_of(job, info)
-    prior, y, operator = _problem_parts(job, plain, circuit, known, hole[some])
+    circuit = circuit_of(job.steer, job.prior, info)
+    example = None if circuit is None else example_of(job.steer, circuit, info, volume, some, own_scale(info.unit))
+    prior, y, operator = _problem_parts(job, plain, circuit, known, hole[some], example)
     prepared = prepare(y, operator, prior, 0.0, KeyedNoise(job.run.seed))
-    circuit_key = "" if circuit is None else f"{circuit.sha256} {job.steer.sigma_stop}"
-    key = fingerprint(repr(job.sampler), y, hole[some], weights, job.run.seed, circuit_key)
+    key = fingerprint(repr(job.sampler), y, hole[some], weights, job.run.seed, job.steer.key(circuit))
     began, path = time.monotonic(), checkpoint_path(job.out)
     end = last(_states(job, prepared.problem, key, path, resume, progress))
     x = prepared.to_physical(end.x).cpu() * one
@@ -222,16 +204,8 @@ def run(job: Inpainting, resume: bool, progress: Progress) -> dict[str, Any]:
     return record
 
 
-def _circuit_of(job: Inpainting, info: Any) -> ImageCircuit | None:
-    if job.steer.kind == "none":
-        return None
-    circuit = load_circuit(job.steer.circuit or job.prior)
-    check_range(circuit, info)
-    return circuit
-
-
 def _problem_parts(
-    job: Inpainting, plain: Prior, circuit: ImageCircuit | None, known: Tensor, hole: Tensor
+    job: Inpainting, plain: Prior, circuit: ImageCircuit | None, known: Tensor, hole: Tensor, evidence: Spot | None
 ) -> tuple[Prior, Tensor, Mask]:
     """The prior, steered if so wanted; the known pixels, 0 elsewhere, in the prior's physical unit; the mask."""
     device = device_of(job.run.device)
@@ -240,7 +214,7 @@ def _problem_parts(
     if circuit is None:
         return plain, y, operator
     in_units = plain.info.in_prior_units(known).to(device)  # type: ignore[attr-defined]
-    return Steered(plain, circuit, in_units, (~hole).to(device), job.steer.sigma_stop), y, operator
+    return Steered(plain, circuit, in_units, (~hole).to(device), job.steer.sigma_stop, evidence), y, operator
 
 
 def _states(job: Inpainting, problem: Problem, key: str, path: Path, resume: bool, progress: Progress) -> Iterator[Any]:

@@ -6,7 +6,7 @@ import json
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,6 +35,7 @@ from invdiff.pipelines.output import (
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.raw_mr import RawConfig
 from invdiff.pipelines.scans import as_volume, baseline_slice, notes_on, operator_of, scan_of
+from invdiff.pipelines.steering import SIGMA_STOP_MEASURED, SteerConfig, check_steered, circuit_of, steered
 from invdiff.pipelines.tables import document_of
 from invdiff.pipelines.uncertainty import Map, added_record, draw_maps, map_names, maps_of
 from invdiff.priors import Averaged, Chunked, NoPrior, Offloaded, load
@@ -116,6 +117,7 @@ class Job:
     split: Split | None = None
     mri: MRIConfig | None = None
     raw: RawConfig | None = None
+    steer: SteerConfig = field(default_factory=SteerConfig)
 
     @property
     def document(self) -> dict[str, Any]:
@@ -130,6 +132,7 @@ class Job:
         }
         if self.gather is not None:
             document["samples" if isinstance(self.gather, Spread) else "best"] = asdict(self.gather)
+        document |= {} if self.steer.kind == "none" else {"steer": self.steer.recorded()}
         tables = {"mri": self.mri, "raw": self.raw}
         document |= {name: asdict(table) for name, table in tables.items() if table is not None}
         return document if self.split is None else {**document, "invented": asdict(self.split)}
@@ -142,7 +145,7 @@ def kind_of(sampler: Any) -> str:
 
 TABLES: dict[str, tuple[str, ...]] = {
     "input": ("scan", "index"), "prior": (), "output": ("path", "truth"), "run": (), "sampler": (),
-    "samples": (), "best": (), "invented": (), "mri": (), "raw": (),
+    "samples": (), "best": (), "invented": (), "mri": (), "raw": (), "steer": (),
 }  # fmt: skip
 
 
@@ -169,12 +172,15 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
     truth = document["output"].get("truth")
     prior = build(PriorConfig, document.get("prior", {}), "prior")
     prior.wrapped(NoPrior())
+    steer = build(SteerConfig, {"sigma_stop": SIGMA_STOP_MEASURED, **document.get("steer", {})}, "steer")
+    method = build(find("samplers", kind), sampler, kind)
+    check_steered(steer, method, kind, prior.name)
     return Job(
         scan=Path(document["input"]["scan"]),
         out=Path(document["output"]["path"]),
         index=int(document["input"].get("index", 0)),
         prior=prior.name,
-        sampler=build(find("samplers", kind), sampler, kind),
+        sampler=method,
         run=build(RunConfig, document.get("run", {}), "run"),
         truth=None if truth is None else Path(truth),
         averaged=prior,
@@ -182,6 +188,7 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
         split=build(Split, document["invented"], "invented") if "invented" in document else None,
         mri=build(MRIConfig, document["mri"], "mri") if "mri" in document else None,
         raw=build(RawConfig, document["raw"], "raw") if "raw" in document else None,
+        steer=steer,
     )
 
 
@@ -269,8 +276,11 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     way = way_of_job(scan, job)
     grid = as_volume(scan, torch.zeros(()).expand(tuple(scan.fields["shape"])) if way is None else way.first)
     truth = None if job.truth is None else matched_truth(grid, job.truth)
-    plain, weights = prior_of(prior_for(job.prior, scan), job.run)
+    name = prior_for(job.prior, scan)
+    plain, weights = prior_of(name, job.run)
+    circuit = circuit_of(job.steer, name, plain.info)  # type: ignore[attr-defined]
     prior, budget, fitted = within_memory(scan, job, plain, way)
+    prior = steered(job.steer, circuit, scan, prior, grid, torch.empty(0, device=home_of(job.run)))
     operator, y, sigma_y = operator_of(scan)
     if way is not None:
         operator, prior = way.operator, way.wrap(prior)
@@ -278,6 +288,8 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
     prepared = prepare(y.to(home_of(job.run)), operator, prior, sigma_y, KeyedNoise(job.run.seed), mu_water)
     changed = [repr(v) for v in (job.gather, job.averaged.flips, job.averaged.shifts) if v]
     changed += [] if way is None else [repr(way.record)]
+    changed += [] if scan.keep is None else [fingerprint(scan.keep)]
+    changed += [] if circuit is None else [job.steer.key(circuit)]
     key = fingerprint(repr(job.sampler), scan.kind, _plain(scan.fields), y, sigma_y, weights, job.run.seed, *changed)
     path = checkpoint_path(job.out)
     began = time.monotonic()
@@ -298,6 +310,7 @@ def run(job: Job, resume: bool, progress: Progress) -> dict[str, Any]:
         "chunk": budget.chunk,
         "fingerprint": key,
         "prior_sha256": weights,
+        **({} if circuit is None else {"circuit_sha256": circuit.sha256}),
         "scan_sha256": sha256_of([job.scan]) if job.scan.is_file() else scan.source_sha256,
         "source_sha256": scan.source_sha256,
         "notes": [*fitted, *resumption, *notes_on(prior, volume), *notes],

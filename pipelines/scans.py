@@ -10,8 +10,8 @@ from torch import Tensor
 
 from invdiff.datasets import Measurements, Volume, read_htc2022, read_measurements
 from invdiff.datasets.read import is_raw
-from invdiff.operators import Whitened
-from invdiff.pipelines.budget import built
+from invdiff.operators import Mask, Whitened
+from invdiff.pipelines.budget import built, with_axes
 from invdiff.pipelines.mri import MRIConfig, as_seen_by, way_of
 from invdiff.pipelines.raw_mr import RawConfig, read_raw
 from invdiff.priors import NoPrior
@@ -51,7 +51,7 @@ def as_volume(scan: Measurements, x: Tensor) -> Volume:
 
 
 def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
-    """The whitened operator, the whitened y and its sigma_y, of a scan's description.
+    """The whitened operator of what was kept, the whitened y and its sigma_y, of a scan's description.
 
     Raises:
         ValueError: an unknown kind, fields it does not take, or a y that does not fit it.
@@ -61,9 +61,13 @@ def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
         raise ValueError(
             f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {tuple(operator.range.shape)}"
         )
+    y = scan.y
+    if scan.keep is not None:
+        mask = Mask(with_axes(scan.keep, y.ndim), *operator.range)
+        operator, y = mask @ operator, mask.forward(y)
     if scan.sqrt_w is None:
-        return operator, scan.y, float(scan.sigma_y or 0.0)
-    return Whitened(operator, scan.sqrt_w), scan.sqrt_w * scan.y, 1.0
+        return operator, y, float(scan.sigma_y or 0.0)
+    return Whitened(operator, scan.sqrt_w), scan.sqrt_w * y, 1.0
 
 
 def image_of(
@@ -112,11 +116,12 @@ def baseline_slice(scan: Measurements, sampler: Any, index: int) -> Tensor:
 def some_slices(scan: Measurements, index: int, count: int = 1) -> Measurements:
     """The scan of ``count`` slices from ``index`` on."""
     rows = slice(index, index + count)
-    weights = scan.sqrt_w if scan.sqrt_w is None or scan.sqrt_w.shape[0] == 1 else scan.sqrt_w[rows]
+    whole = [None if v is None else with_axes(v, scan.y.ndim) for v in (scan.sqrt_w, scan.keep)]
+    weights, keep = (v if v is None or len(v) == 1 else v[rows] for v in whole)
     affine = scan.affine.copy()
     affine[:, 3] += index * affine[:, 2]
     fields = {k: _of_slices(k, v, rows, count) for k, v in scan.fields.items()}
-    return replace(scan, y=scan.y[rows], sqrt_w=weights, fields=fields, affine=affine)
+    return replace(scan, y=scan.y[rows], sqrt_w=weights, fields=fields, affine=affine, keep=keep)
 
 
 def _of_slices(key: str, value: Any, rows: slice, count: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from invdiff.config import find
 from invdiff.datasets import Measurements, Volume, block_mean, pad_to_multiple
 from invdiff.files import sha256_of
 from invdiff.noise import KeyedNoise
-from invdiff.operators import Gaussian, TransmissionPoisson
+from invdiff.operators import Gaussian, TransmissionPoisson, within_field
 from invdiff.units import MU_WATER, mu_from_hu
 
 AIR_HU = -1000.0
@@ -38,6 +39,7 @@ class Simulation:
         source_detector_mm: source to detector, for ``fan``.
         mu_water: attenuation of water in 1/mm.
         seed: of the noise.
+        field: diameter in mm of the scanned field of view: rays beside it are not measured; 0 is all.
     """
 
     operator: str = "parallel"
@@ -51,6 +53,7 @@ class Simulation:
     source_detector_mm: float = 1040.0
     mu_water: float = MU_WATER
     seed: int = 0
+    field: float = 0.0
 
     def __post_init__(self) -> None:
         if self.operator not in ("parallel", "fan"):
@@ -65,6 +68,8 @@ class Simulation:
             raise ValueError(
                 f"photons {self.photons} and sigma {self.sigma} are both given; one kind of noise is wanted"
             )
+        if self.field < 0:
+            raise ValueError(f"the field is {self.field} mm; 0 (all) or a positive number is wanted")
         if self.reduce < 0:
             raise ValueError(f"reduce is {self.reduce}; 0 (choose) or a positive number is wanted")
 
@@ -91,14 +96,19 @@ def some_slices(volume: Volume, text: str) -> Volume:
     return replace(volume, data=volume.data[a:b].clone(), affine=affine)
 
 
-def simulate(volume: Volume, how: Simulation) -> tuple[Measurements, Volume]:
+def simulate(volume: Volume, how: Simulation, metal: Tensor | None = None) -> tuple[Measurements, Volume]:
     """Measure a CT volume; also the truth on the reconstruction's grid.
 
     The volume's own pixels are projected, each detector pixel as the mean over ``reduce`` rays; the reconstruction's
     pixels are ``reduce`` times as wide, so that the same grid is not used twice (no inverse crime).
 
+    Args:
+        volume: in HU.
+        how: it is measured.
+        metal: bool (s c h w) on the volume's grid: rays through it are not measured.
+
     Raises:
-        ValueError: a volume that is not in HU, or whose pixels are not square.
+        ValueError: a volume that is not in HU, whose pixels are not square, or of which nothing is measured.
     """
     if volume.unit != "HU":
         raise ValueError(f"the volume is in {volume.unit}; CT is simulated from HU")
@@ -116,27 +126,33 @@ def simulate(volume: Volume, how: Simulation) -> tuple[Measurements, Volume]:
         fields |= {"source_origin_mm": how.source_origin_mm, "source_detector_mm": how.source_detector_mm}
     model = operator(**fields)
     fields = model.fields()
-    clean = _project(operator, fields, fine, factor, how.mu_water)
+    clean = _project(operator, fields, (mu_from_hu(v[None], how.mu_water) for v in fine.data), factor)
+    keep = None
+    if how.field:
+        keep = within_field(model, how.field)[None, None]
+    if metal is not None:
+        solid = pad_to_multiple(replace(volume, data=metal.float()), factor, 0.0).data
+        seen = _project(operator, fields, solid.split(1), factor) <= 0
+        keep = seen if keep is None else seen & keep
     y, sigma_y, sqrt_w = _noisy(clean, how)
+    y = y if keep is None else torch.where(keep, y, 0.0)
     sha = str(volume.source.get("sha256", ""))
-    scan = Measurements(
-        y, how.operator, fields, coarse.affine, "1/mm", sigma_y, sqrt_w, how.mu_water, True, sha, coarse.storage
-    )
-    return scan, coarse
+    known = (y, how.operator, fields, coarse.affine, "1/mm", sigma_y, sqrt_w, how.mu_water, True, sha, coarse.storage)
+    return Measurements(*known, keep=keep), coarse
 
 
-def _project(operator: Any, fields: dict[str, Any], fine: Volume, factor: int, mu_water: float) -> Tensor:
-    """Line integrals (s angle detector) through the fine grid, mean of ``factor`` rays a detector pixel, by slice."""
+def _project(operator: Any, fields: dict[str, Any], images: Iterable[Tensor], factor: int) -> Tensor:
+    """Line integrals (s c angle detector) of images (1 c h w), ``factor`` times as fine; mean of as many rays each."""
     detectors = fields["detectors"]
+    h, w = (factor * n for n in fields["shape"][2:])
     fine_fields = fields | {
-        "shape": (1, *fine.data.shape[1:]),
+        "shape": (1, fields["shape"][1], h, w),
         "pixel_mm": fields["pixel_mm"] / factor,
         "detectors": detectors * factor,
         "detector_mm": fields["detector_mm"] / factor,
     }
     forward = operator(**fine_fields)
-    views = [forward(mu_from_hu(image[None], mu_water)) for image in fine.data]
-    return torch.cat(views).unflatten(-1, (detectors, factor)).mean(-1)
+    return torch.cat([forward(image) for image in images]).unflatten(-1, (detectors, factor)).mean(-1)
 
 
 def _noisy(clean: Tensor, how: Simulation) -> tuple[Tensor, float | None, Tensor | None]:

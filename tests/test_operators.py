@@ -133,6 +133,13 @@ REGISTERED: dict[str, list[Factory]] = {
 }
 
 
+def rays_and_views() -> Tensor:
+    """Some rays are missing, and all of one view."""
+    kept = on(VIEWS, DETECTORS)
+    kept[2] = False
+    return kept
+
+
 def weights(d: torch.dtype) -> Tensor:
     return rand(S, C, VIEWS, DETECTORS, dtype=d, seed=9).abs()
 
@@ -154,13 +161,21 @@ WRAPPERS: dict[str, Factory] = {
     "mri-3d-phase": lambda d: 0.3 * mri_3d(d, COILS) @ KnownPhase(rand(H, W, seed=7), S, d.to_complex()),
     "mri-real": lambda d: mri(d) @ RealChannels((S, 1, H, W), d.to_complex()),
     "mri-phase": lambda d: mri(d, COILS) @ KnownPhase(rand(H, W, seed=7), S, d.to_complex()),
+    "masked": lambda d: Mask(on(S, C, VIEWS, DETECTORS), dtype=d) @ parallel(d),
+    "masked-view-lost": lambda d: Mask(rays_and_views(), (S, C, VIEWS, DETECTORS), d) @ fan(d),
+    "masked-mri": lambda d: Mask(on(S, COILS, H, W), dtype=d.to_complex()) @ mri(d, COILS),
+    "masked-mri-3d": lambda d: Mask(on(H, W), (S, 1, H, W), d.to_complex()) @ mri_3d(d),
+    "masked-off-grid": lambda d: Mask(on(VIEWS * READOUT), off_grid(d).range.shape, d.to_complex()) @ off_grid(d),
+    "masked-mask": lambda d: Mask(on(H, W), (S, C, H, W), d) @ Mask(on(S, H, W, seed=8), (S, C, H, W), d),
+    "masked-whitened": lambda d: Whitened(Mask(on(S, VIEWS, DETECTORS), fan(d).range.shape, d) @ fan(d), weights(d)),
     "stack": lambda d: stack([parallel(d), 0.5 * fan(d), Mask(on(H, W), (S, C, H, W), d)]),
 }
 CASES = {f"{kind}-{i}": make for kind, makes in REGISTERED.items() for i, make in enumerate(makes)} | WRAPPERS
 # FBP, gridding, passed through, 50 steps
 OTHER_PINV = ("parallel", "fan", "non-cartesian", "normalised", "whitened", "mri-phase", "mri-3d-phase", "adjoint-ct")
-OTHER_PINV += ("off-resonance-off-grid",)  # too badly conditioned for its 50 steps
-PINV_IS_LEAST_SQUARES = [name for name in CASES if not name.startswith(OTHER_PINV)]
+OTHER_PINV += ("off-resonance-off-grid", "masked-off-grid")  # too badly conditioned for its 50 steps
+OTHER_PINV += ("masked-view-lost", "masked-whitened")
+PINV_IS_LEAST_SQUARES = [name for name in CASES if name != "masked" and not name.startswith(OTHER_PINV)]
 
 
 @pytest.fixture(params=CASES)

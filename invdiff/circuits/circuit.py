@@ -183,7 +183,7 @@ class Circuit:
         chosen = [inverse_cdf((self.root.log() + up.products[0]).softmax(-1), chance[:1])]
         for depth, (first, end) in enumerate(s.levels[1:]):
             above = chosen[depth][self._parents[depth]]
-            rows = self._level_weights[depth].log()[torch.arange(end - first)[:, None], above]
+            rows = self._level_weights[depth][torch.arange(end - first)[:, None], above].log()
             chosen.append(inverse_cdf((rows + up.products[depth + 1]).softmax(-1), chance[first:end]))
         state = torch.cat(chosen)[self._owner].T
         return self.inputs.draw(evidence, state, normal[:, s.regions :], self._input_group)

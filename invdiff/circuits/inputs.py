@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,7 +41,8 @@ class Inputs(ABC):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def to(self, like: Tensor) -> Any:
         """The same with parameters in the dtype and on the device of ``like``."""
@@ -79,6 +81,17 @@ class Discrete(Inputs):
     def table(self) -> Tensor:
         """ln f_k(level): (groups k C)."""
 
+    @cached_property
+    def _kept(self) -> Tensor:
+        """f_k(level), where no derivative by the parameters is asked for: half of a pass went into making it."""
+        return self.table.exp()
+
+    def probabilities(self, group: Tensor) -> Tensor:
+        """f_k(level) of variables (v k C)."""
+        parameters = self.tensors.values()
+        f = self.table.exp() if any(p.requires_grad for p in parameters) else self._kept
+        return f if in_order(group, len(f)) else f[group]
+
     @property
     def levels(self) -> int:
         """C."""
@@ -93,7 +106,7 @@ class Discrete(Inputs):
         """ln sum_x w(x) f_k(x) of soft evidence (b v C); ln f_k(x) of data (b v), 0 where it is ``MISSING``."""
         if evidence.is_floating_point():
             top = _finite(evidence.amax(-1, keepdim=True)).detach()
-            f = self.table.exp()[group].transpose(1, 2)
+            f = self.probabilities(group).transpose(1, 2)
             return ((evidence - top).exp().transpose(0, 1) @ f).log() + top.transpose(0, 1)
         table = self.table.transpose(1, 2)
         x = evidence.T
@@ -101,7 +114,7 @@ class Discrete(Inputs):
 
     def marginals(self, evidence: Tensor, states: Tensor, group: Tensor, own: bool = True) -> Tensor:
         """p(x_v = level): sum_k states_k f_k(x) w(x) / f_k-evidence; without w and that if not ``own``: (b v C)."""
-        table = self.table.exp()[group]
+        table = self.probabilities(group)
         if not own:
             return (states @ table).transpose(0, 1)
         w = self._log_weights(evidence)
@@ -313,6 +326,11 @@ def _smoothed(counts: Tensor, pseudocount: float) -> Tensor:
     even = 1 / counts.shape[-1]
     out = counts + pseudocount * (0.9 * mean + 0.1 * even) + tiny
     return out / out.sum(-1, keepdim=True)
+
+
+def in_order(group: Tensor, count: int) -> bool:
+    """Whether ``group`` is 0, 1, ..., count - 1: whether choosing by it chooses nothing."""
+    return len(group) == count and bool((group == torch.arange(count, device=group.device)).all())
 
 
 def _finite(top: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from invdiff.circuits.codes import CodeCircuit
+from invdiff.circuits.evidence import of_noisy, of_pixels, product
 from invdiff.circuits.images import Cells, ImageCircuit
 from invdiff.circuits.inputs import Spot
 from invdiff.priors.schedules import Discrete
@@ -83,7 +84,8 @@ class Steered(_Steering):
 
     and of what is smaller than a cell, of which the circuit knows nothing, the denoiser's remains: the cells'
     differences are added to D, linearly between their centres. Known pixels stay as the denoiser gives them: what
-    they are is for the sampler to say. Below ``sigma_stop`` this is the prior itself.
+    they are is for the sampler to say. Below ``sigma_stop`` this is the prior itself. What else is known of the cells
+    (an example, measurements of something else than pixels) is ``evidence``: see ``invdiff.circuits.evidence``.
 
     It goes outside ``Chunked`` and ``Averaged``, since the known pixels are those of all slices as they stand. The
     published steering, by codes, ends at sigma 93, 59 or 25, after the first 5, 10 or 20 % of the steps of a run from
@@ -95,21 +97,30 @@ class Steered(_Steering):
         known: pixels (s 1 h w) in prior units; where they are unknown any finite value.
         mask: where they are known: bool (s 1 h w), of size 1 where all are alike.
         sigma_stop: noise level below which nothing is steered, prior units.
+        evidence: of the cells besides, prior units (s v), v by rows; none if None.
 
     Raises:
         ValueError: shapes that do not fit, more than one channel, or a circuit of another unit or range.
     """
 
     def __init__(
-        self, prior: Prior, circuit: ImageCircuit, known: Tensor, mask: Tensor, sigma_stop: float = SIGMA_STOP
+        self,
+        prior: Prior,
+        circuit: ImageCircuit,
+        known: Tensor,
+        mask: Tensor,
+        sigma_stop: float = SIGMA_STOP,
+        evidence: Spot | None = None,
     ) -> None:
         super().__init__(prior, circuit, known, mask, sigma_stop)
         self.circuit = circuit.to(known)
         info = circuit.info
         self.pixels = info.pooled(known).number
-        seen = info.pooled(self.known, self.mask)
-        variance = info.width**2 / 12 + info.within**2 * (1 / seen.number - 1 / self.pixels).clamp_min(0)
-        self.seen = Spot(seen.mean, variance.masked_fill(seen.number == 0, math.inf))
+        self.seen = of_pixels(info, self.known, self.mask)
+        if evidence is not None:
+            if evidence.value.shape != self.pixels.shape or evidence.variance.shape != self.pixels.shape:
+                raise ValueError(f"the evidence is {tuple(evidence.value.shape)}; {tuple(self.pixels.shape)} is wanted")
+            self.seen = product(self.seen, Spot(*(part.to(known) for part in evidence)))
 
     def change(self, x: Tensor, sigma: Tensor, plain: Tensor) -> Tensor:
         """The cells' way to the geometric mean, spread over their pixels."""
@@ -122,12 +133,7 @@ class Steered(_Steering):
 
     def posterior(self, x: Tensor, sigma: Tensor) -> Cells:
         """What the circuit says of the cells given x (s 1 h w) at sigma (s) and the known pixels, prior units."""
-        noisy = self.circuit.info.pooled(x)
-        here = self.pixels / sigma[:, None].square()  # one over the variance of each source of evidence
-        there = torch.where(torch.isinf(self.seen.variance), 0.0, 1 / self.seen.variance)
-        total = here + there
-        value = (here * noisy.mean + there * self.seen.value) / torch.where(total > 0, total, 1.0)
-        return self.circuit.posterior(Spot(value, torch.where(total > 0, 1 / total, math.inf)))
+        return self.circuit.posterior(product(of_noisy(self.circuit.info, x, sigma), self.seen))
 
 
 class SteeredByCodes(_Steering):
@@ -178,8 +184,8 @@ def theirs_share(sigma: Tensor, deviation: float, variance: Tensor) -> Tensor:
     """How far the geometric mean lies from the denoiser's towards N(., variance) (s ...), at sigma (s)."""
     level = sigma.view(-1, *[1] * (variance.ndim - 1))
     a, v = share(level), (deviation * level).square() / (deviation**2 + level.square())
-    ours, theirs = a / v, (1 - a) / variance
-    return theirs / (ours + theirs)
+    tiny = torch.finfo(v.dtype).tiny
+    return (1 - a) / (a * variance / v + (1 - a)).clamp_min(tiny)  # so written, variance 0 and infinity are 1 and 0
 
 
 def _checked(prior: Prior, known: Tensor, mask: Tensor, sigma_stop: float) -> tuple[Tensor, Tensor]:

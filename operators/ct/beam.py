@@ -110,6 +110,20 @@ class BeamOperator(LinearOperatorBase):
             done += count
         return result
 
+    def interpolated(self, y: Tensor, kept: Tensor) -> Tensor:
+        """``y`` with the rays that are not ``kept`` (its shape, bool) linear between their neighbours in the view.
+
+        Beyond the outermost kept ray the value stays; a view of which nothing is kept is 0.
+        """
+        index = torch.arange(self.detectors, device=y.device).expand(y.shape)
+        lower = torch.where(kept, index, -1).cummax(-1).values
+        upper = torch.where(kept, index, self.detectors).flip(-1).cummin(-1).values.flip(-1)
+        lower, upper = torch.where(lower < 0, upper, lower), torch.where(upper == self.detectors, lower, upper)
+        nothing = (lower == self.detectors) | (upper < 0)
+        ends = [y.gather(-1, end.clamp(0, self.detectors - 1)) for end in (lower, upper)]
+        share = (index - lower).to(y) / (upper - lower).clamp_min(1).to(y)
+        return torch.where(nothing, 0.0, ends[0] + share * (ends[1] - ends[0]))
+
     def positions(self, device: torch.device | None = None) -> Tensor:
         """Detector coordinate u of each element's middle in mm (detector), float64."""
         index = torch.arange(self.detectors, dtype=torch.float64, device=device)
