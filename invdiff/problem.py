@@ -222,7 +222,8 @@ def prepare(
     offset = torch.full(operator.domain.shape, to_operator.offset, dtype=operator.domain.dtype, device=y.device)
     scale = to_operator.scale * norm
     shifted = (y - linear.forward(offset)) / scale
-    problem = Problem(ScaledLinear(linear, norm), shifted, sigma_y / scale, prior, noise)
+    zero = -to_operator.offset / to_operator.scale
+    problem = Problem(ScaledLinear(linear, norm), shifted, sigma_y / scale, prior, noise, zero)
     return Prepared(problem, to_physical, unit, norm)
 
 

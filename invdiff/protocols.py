@@ -67,13 +67,17 @@ class Noise(Protocol):
 
 
 class Problem(NamedTuple):
-    """y = A(x) + sigma_y n, in prior units."""
+    """y = A(x) + sigma_y n, in prior units.
+
+    zero: the value of x that stands for physical zero (no attenuation, no signal): -1 for HU from -1000.
+    """
 
     operator: Any
     y: Tensor
     sigma_y: float
     prior: Prior
     noise: Noise
+    zero: float = 0.0
 
 
 class State(Protocol):

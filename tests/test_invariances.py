@@ -228,9 +228,9 @@ def test_the_image_moves_with_its_unit(kind: str) -> None:
         assert moved(invdiff.reconstruct(y, operator / c, other, sampler, sigma).x / c, x) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize("kind", sorted(set(SHORT) - {"fbp"}))
 def test_the_image_moves_with_a_constant(kind: str) -> None:
-    """The prior's range and the body 500 HU up: the image 500 HU up."""
+    """The prior's range and the body 500 HU up: the image 500 HU up. Not FBP's, whose air stays where it is."""
     prior, operator, sampler, up = gaussian(), beam(), SHORT[kind], 500.0
     y = measured(operator, mu_from_hu(prior.info.in_physical_units(prior.draw(4, KeyedNoise(5)))), SIGMA)
     x = invdiff.reconstruct(y, operator, prior, sampler, SIGMA).x

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from invdiff.noise import KeyedNoise
-from invdiff.operators import CartesianMRI, Diagonal, KnownPhase, RealChannels, Whitened
+from invdiff.operators import CartesianMRI, Diagonal, KnownPhase, ParallelBeam, RealChannels, Whitened
 from invdiff.operators.mri.simulate import birdcage_maps, simulate_kspace, smooth_phase
 from invdiff.priors import NoPrior
 from invdiff.problem import prepare
 from invdiff.protocols import Problem
 from invdiff.reconstruction import reconstruct
 from invdiff.run import iterate, last
-from invdiff.samplers import SENSE, TV, L1Wavelet, ZeroFilled
+from invdiff.samplers import FBP, SENSE, TV, L1Wavelet, ZeroFilled
+from invdiff.units import MU_WATER
 from invdiff.wavelets import DB4, analysis, padding, synthesis
 
 
@@ -188,3 +189,17 @@ def test_channels_are_shrunk_by_their_common_magnitude(sampler: Any) -> None:
     real = run(torch.complex(x, torch.zeros_like(x)))
     torch.testing.assert_close(real.real, single, atol=1e-5, rtol=0)
     assert float(real.imag.abs().max()) < 1e-6
+
+
+def test_what_is_not_measured_is_air_or_no_signal_for_fbp_and_zero_filling() -> None:
+    """Whatever the prior's range: limited-angle FBP is the filter's of the line integrals themselves."""
+    arc = ParallelBeam((1, 1, 24, 20), torch.linspace(0, 1.2, 9), pixel_mm=1.0)
+    mu = torch.zeros(1, 1, 24, 20)
+    mu[..., 8:15, 6:14] = MU_WATER
+    y = arc(mu)
+    x = reconstruct(y, arc, NoPrior("HU", -1000.0, 2000.0), FBP()).x
+    torch.testing.assert_close((x / 1000 + 1) * MU_WATER, arc.pinv(y), atol=1e-6, rtol=0)
+    scan, y, phase = scanned(body())
+    turned = scan @ KnownPhase(phase)
+    x = reconstruct(y, turned, NoPrior("a.u.", 0.0, 3.0), ZeroFilled()).x
+    torch.testing.assert_close(x, turned.adjoint(y), atol=1e-5, rtol=0)

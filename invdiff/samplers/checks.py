@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from invdiff.protocols import Problem
@@ -42,3 +44,13 @@ def first_guess(problem: Problem) -> Tensor:
         if pinv is not None
         else problem.operator.vjp(problem.y.new_zeros(problem.operator.domain.shape), problem.y)
     )
+
+
+def above_nothing(problem: Problem, inverse: Callable[[Tensor], Tensor]) -> Tensor:
+    """An approximate inverse of the scanner's own data, not of what prior units make of them: (s c h w).
+
+    What is not measured then counts as air, or no signal, and not as the middle of the prior's range.
+    """
+    operator = problem.operator
+    nothing = torch.full(operator.domain.shape, problem.zero, dtype=operator.domain.dtype, device=problem.y.device)
+    return nothing + inverse(problem.y - operator.forward(nothing))

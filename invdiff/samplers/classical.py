@@ -11,7 +11,7 @@ from torch import Tensor
 
 from invdiff.linalg import cg, cg_floor, cg_step, couples, difference, difference_adjoint, inner, plus_roughness, shrink
 from invdiff.protocols import Problem
-from invdiff.samplers.checks import at_least, first_guess, linear
+from invdiff.samplers.checks import above_nothing, at_least, linear
 
 SLICES, ROWS, COLUMNS = 0, 2, 3
 CHANNELS = 2  # of a gradient (3 s c h w)
@@ -26,7 +26,10 @@ class FBPState(NamedTuple):
 
 @dataclass(frozen=True)
 class FBP:
-    """The operator's own pseudo-inverse in one step: filtered back-projection for CT, zero-filling for MRI."""
+    """The operator's own pseudo-inverse in one step: filtered back-projection for CT, zero-filling for MRI.
+
+    Of the data as the scanner gave them: what no view sees counts as air, not as the middle of the prior's range.
+    """
 
     estimate: ClassVar[str] = "point estimate"
 
@@ -46,7 +49,8 @@ class FBP:
 
     def step(self, problem: Problem, state: FBPState) -> FBPState:  # noqa: ARG002
         """x = A^+ y."""
-        return FBPState(self.steps, first_guess(problem))
+        operator = problem.operator
+        return FBPState(self.steps, above_nothing(problem, getattr(operator, "pinv", operator.adjoint)))
 
 
 class CGLSState(NamedTuple):
