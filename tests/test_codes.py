@@ -13,14 +13,8 @@ from torch import Tensor
 
 from invdiff import circuits
 from invdiff.circuits import Categorical, GridInfo, codes, factorised, full_batch, k_means_start, quad_tree
-from invdiff.circuits.codes import (
-    LEAST_DEVIATION,
-    Autoencoder,
-    AutoencoderConfig,
-    CodeCircuit,
-    code_bits,
-    train_autoencoder,
-)
+from invdiff.circuits.autoencoder import Autoencoder, AutoencoderConfig, train_autoencoder
+from invdiff.circuits.codes import LEAST_DEVIATION, CodeCircuit, code_bits
 from invdiff.noise import KeyedNoise
 from invdiff.priors import SteeredByCodes
 from invdiff.priors.steered import theirs_share

@@ -1,0 +1,215 @@
+"""A vector-quantised autoencoder of images and its training, step by step (van den Oord et al. 2017)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+COMMITMENT = 0.25  # of van den Oord et al. 2017
+REVIVE_EVERY = 20  # steps between looks for codes that are not used
+REVIVE_UNTIL = 0.8  # share of the steps after which the code book is left to settle
+DEAD = 0.03  # of the even share of a step's vectors: a code that has fewer, in the running mean, is not used
+FINAL_RATE = 0.1  # of the first, at the end
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of the autoencoder (van den Oord, Vinyals & Kavukcuoglu 2017; MONAI's VQVAE).
+
+    Args:
+        channels: features of each level, each of half the size of the one before: 2^levels pixels make a code.
+        residual: residual layers of each level.
+        codes: C.
+        width: numbers in a code's vector.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 96, 96)
+    residual: int = 1
+    codes: int = 128
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        if not self.channels or min(*self.channels, self.residual, self.width) < 1 or self.codes < 2:
+            raise ValueError(f"{self}: at least one level, 2 codes and sizes from 1 are wanted")
+
+    @property
+    def stride(self) -> int:
+        """Height and width in pixels of a code's patch."""
+        return int(2 ** len(self.channels))
+
+
+class Autoencoder(nn.Module):
+    """Images (s 1 h w) in prior units, h and w multiples of the stride, to codes (s v), by rows, and back."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        from monai.networks.nets import VQVAE
+
+        self.config = config
+        levels = len(config.channels)
+        self.net = VQVAE(
+            spatial_dims=2,
+            in_channels=1,
+            out_channels=1,
+            channels=config.channels,
+            num_res_layers=config.residual,
+            num_res_channels=config.channels,
+            downsample_parameters=((2, 4, 1, 1),) * levels,
+            upsample_parameters=((2, 4, 1, 1, 0),) * levels,
+            num_embeddings=config.codes,
+            embedding_dim=config.width,
+            commitment_cost=COMMITMENT,
+            decay=0.99,
+            ddp_sync=False,
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The image decoded from its codes, and the commitment loss."""
+        out, loss = self.net(x)
+        return out, loss
+
+    def encoded(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What the encoder makes of every patch, convolutions in ``dtype``: (s width rows columns), of x's dtype."""
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            found: Tensor = self.net.encode(x)
+        return found.to(x.dtype)
+
+    def made(self, vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The image (s 1 h w) that the decoder makes of vectors (s width rows columns)."""
+        with torch.autocast(vectors.device.type, dtype, enabled=dtype is not None):
+            found: Tensor = self.net.decode(vectors)
+        return found.to(vectors.dtype)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """What the encoder makes of every patch, by rows: (s v width)."""
+        return self.encoded(x).flatten(2).transpose(1, 2)
+
+    def distances(self, x: Tensor) -> Tensor:
+        """Root mean square distance of every patch's vector to every code's: (s v C)."""
+        book = self.net.quantizer.quantizer.embedding.weight
+        return torch.cdist(self.vectors(x), book.expand(len(x), -1, -1)) / self.config.width**0.5
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The nearest code of every patch: int64 (s v)."""
+        return self.distances(x).argmin(-1)
+
+    def decoded(self, codes: Tensor, columns: int) -> Tensor:
+        """Images (s 1 h w) of codes (s v) on a grid of so many columns."""
+        out: Tensor = self.net.decode_samples(codes.unflatten(1, (-1, columns)))
+        return out
+
+
+class AutoencoderState(NamedTuple):
+    """An autoencoder that is being trained; a step changes the model and the optimizer in place.
+
+    step: steps so far.
+    """
+
+    step: int
+    model: Autoencoder
+    optimizer: torch.optim.Adam
+
+
+def start_autoencoder(config: AutoencoderConfig, x: Tensor, rate: float, seed: int) -> AutoencoderState:
+    """First weights from the seed; the code book starts from vectors of the images x (s 1 h w)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Autoencoder(config)
+        _start_book(model, x)
+    return AutoencoderState(0, model.train(), optimizer_of(model, rate))
+
+
+def optimizer_of(model: Autoencoder, rate: float) -> torch.optim.Adam:
+    """Adam over all but the code book, which is a running mean."""
+    return torch.optim.Adam((p for p in model.parameters() if p.requires_grad), rate)
+
+
+def autoencoder_step(
+    state: AutoencoderState, x: Tensor, rate: float, steps: int, dtype: torch.dtype | None = None
+) -> tuple[AutoencoderState, float]:
+    """One step on images x (s 1 h w): mean absolute error and commitment, by Adam; the code book is a running mean.
+
+    Every 20 steps, in the first four fifths, codes that are hardly used are put where vectors lie far from every code.
+
+    Args:
+        state: of the step before; changed in place.
+        x: in prior units.
+        rate: of Adam, which falls linearly to a tenth.
+        steps: of the whole training.
+        dtype: of the convolutions, such as bfloat16; that of x if None.
+
+    Returns:
+        The new state, and the loss before the step.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    step, model, optimizer = state
+    for group in optimizer.param_groups:
+        group["lr"] = rate * (1 - (1 - FINAL_RATE) * step / steps)
+    vectors = model.encoded(x, dtype)
+    if step % REVIVE_EVERY == 0 and 0 < step < REVIVE_UNTIL * steps:
+        _revive(model, vectors.detach(), step)
+    chosen, commitment = model.net.quantize(vectors)
+    loss = (model.made(chosen, dtype) - x).abs().mean() + commitment
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the autoencoder's loss is {value} at step {step}; lower the rate ({rate})")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return AutoencoderState(step + 1, model, optimizer), value
+
+
+def train_autoencoder(
+    config: AutoencoderConfig, images: Callable[[int], Tensor], steps: int, rate: float = 1e-3, seed: int = 0
+) -> Autoencoder:
+    """All steps, from the start, without a stop between; see ``autoencoder_step``.
+
+    Args:
+        config: sizes.
+        images: of each step, (s 1 h w) in prior units.
+        steps: how many.
+        rate: of Adam, which falls linearly to a tenth.
+        seed: of the first weights.
+    """
+    state = start_autoencoder(config, images(0), rate, seed)
+    for step in range(steps):
+        state, _ = autoencoder_step(state, images(step), rate, steps)
+    return state.model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _start_book(model: Autoencoder, x: Tensor) -> None:
+    """Codes at vectors of patches drawn at random, a little apart where there are fewer."""
+    vectors = model.vectors(x).flatten(0, 1)
+    chosen = vectors[torch.randint(len(vectors), (model.config.codes,))]
+    chosen = chosen + 0.01 * vectors.std() * torch.randn_like(chosen)
+    quantizer: Any = model.net.quantizer.quantizer
+    quantizer.embedding.weight.copy_(chosen)
+    quantizer.ema_w.copy_(chosen)
+    quantizer.ema_cluster_size.fill_(1.0)
+
+
+@torch.no_grad()
+def _revive(model: Autoencoder, encoded: Tensor, step: int) -> None:
+    """Codes that are hardly used, at vectors (s width h w) drawn in proportion to the square of their distance."""
+    vectors, quantizer = encoded.movedim(1, -1).flatten(0, -2), model.net.quantizer.quantizer
+    size, even = quantizer.ema_cluster_size, len(vectors) / model.config.codes
+    dead = (size < DEAD * even).nonzero().flatten()
+    chance = torch.cdist(vectors, quantizer.embedding.weight).amin(1).double().square().cpu().numpy()
+    count = min(len(dead), int((chance > 0).sum()))
+    if not count:
+        return
+    drawn = np.random.default_rng(step).choice(len(vectors), count, replace=False, p=chance / chance.sum())
+    dead, chosen = dead[:count], vectors[torch.from_numpy(drawn)]
+    quantizer.embedding.weight[dead] = chosen
+    size[dead] = DEAD * even * 3
+    quantizer.ema_w[dead] = chosen * size[dead, None]
