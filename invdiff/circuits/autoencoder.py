@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 COMMITMENT = 0.25  # of van den Oord et al. 2017
+PLAIN = 0.15  # share of the steps before the vectors are quantised at all
 REVIVE_EVERY = 20  # steps between looks for codes that are not used
 REVIVE_UNTIL = 0.8  # share of the steps after which the code book is left to settle
+ROUNDS = 10  # of the K-means by which the code book starts
 DEAD = 0.03  # of the even share of a step's vectors: a code that has fewer, in the running mean, is not used
 FINAL_RATE = 0.1  # of the first, at the end
 
@@ -87,14 +89,27 @@ class Autoencoder(nn.Module):
             found: Tensor = self.net.decode(vectors)
         return found.to(vectors.dtype)
 
-    def vectors(self, x: Tensor) -> Tensor:
+    def vectors(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """What the encoder makes of every patch, by rows: (s v width)."""
-        return self.encoded(x).flatten(2).transpose(1, 2)
+        return self.encoded(x, dtype).flatten(2).transpose(1, 2)
+
+    @property
+    def book(self) -> Tensor:
+        """The codes' vectors: (C width)."""
+        found: Tensor = self.net.quantizer.quantizer.embedding.weight
+        return found
+
+    def apart(self, vectors: Tensor) -> Tensor:
+        """Root mean square distance of vectors (s v width) to every code's: (s v C)."""
+        return torch.cdist(vectors, self.book.expand(len(vectors), -1, -1)) / self.config.width**0.5
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """The code nearest to each of vectors (s v width): int64 (s v)."""
+        return self.apart(vectors).argmin(-1)
 
     def distances(self, x: Tensor) -> Tensor:
         """Root mean square distance of every patch's vector to every code's: (s v C)."""
-        book = self.net.quantizer.quantizer.embedding.weight
-        return torch.cdist(self.vectors(x), book.expand(len(x), -1, -1)) / self.config.width**0.5
+        return self.apart(self.vectors(x))
 
     def codes(self, x: Tensor) -> Tensor:
         """The nearest code of every patch: int64 (s v)."""
@@ -117,12 +132,11 @@ class AutoencoderState(NamedTuple):
     optimizer: torch.optim.Adam
 
 
-def start_autoencoder(config: AutoencoderConfig, x: Tensor, rate: float, seed: int) -> AutoencoderState:
-    """First weights from the seed; the code book starts from vectors of the images x (s 1 h w)."""
+def start_autoencoder(config: AutoencoderConfig, rate: float, seed: int) -> AutoencoderState:
+    """First weights from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Autoencoder(config)
-        _start_book(model, x)
     return AutoencoderState(0, model.train(), optimizer_of(model, rate))
 
 
@@ -136,7 +150,8 @@ def autoencoder_step(
 ) -> tuple[AutoencoderState, float]:
     """One step on images x (s 1 h w): mean absolute error and commitment, by Adam; the code book is a running mean.
 
-    Every 20 steps, in the first four fifths, codes that are hardly used are put where vectors lie far from every code.
+    Of the steps the first 15 % do not quantise; then the code book starts from a K-means of the vectors. Every 20 steps
+    until four fifths are done, codes that are hardly used are put where vectors lie far from every code.
 
     Args:
         state: of the step before; changed in place.
@@ -154,10 +169,12 @@ def autoencoder_step(
     step, model, optimizer = state
     for group in optimizer.param_groups:
         group["lr"] = rate * (1 - (1 - FINAL_RATE) * step / steps)
-    vectors = model.encoded(x, dtype)
-    if step % REVIVE_EVERY == 0 and 0 < step < REVIVE_UNTIL * steps:
+    first, vectors = int(PLAIN * steps), model.encoded(x, dtype)
+    if step == first:
+        _start_book(model, vectors.detach(), step)
+    elif step % REVIVE_EVERY == 0 and first < step < REVIVE_UNTIL * steps:
         _revive(model, vectors.detach(), step)
-    chosen, commitment = model.net.quantize(vectors)
+    chosen, commitment = (vectors, 0.0) if step < first else model.net.quantize(vectors)
     loss = (model.made(chosen, dtype) - x).abs().mean() + commitment
     value = float(loss.detach())
     if not math.isfinite(value):
@@ -180,36 +197,43 @@ def train_autoencoder(
         rate: of Adam, which falls linearly to a tenth.
         seed: of the first weights.
     """
-    state = start_autoencoder(config, images(0), rate, seed)
+    state = start_autoencoder(config, rate, seed)
     for step in range(steps):
         state, _ = autoencoder_step(state, images(step), rate, steps)
     return state.model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _start_book(model: Autoencoder, x: Tensor) -> None:
-    """Codes at vectors of patches drawn at random, a little apart where there are fewer."""
-    vectors = model.vectors(x).flatten(0, 1)
-    chosen = vectors[torch.randint(len(vectors), (model.config.codes,))]
-    chosen = chosen + 0.01 * vectors.std() * torch.randn_like(chosen)
-    quantizer: Any = model.net.quantizer.quantizer
-    quantizer.embedding.weight.copy_(chosen)
-    quantizer.ema_w.copy_(chosen)
-    quantizer.ema_cluster_size.fill_(1.0)
+def _start_book(model: Autoencoder, encoded: Tensor, step: int) -> None:
+    """Codes at the centres of a K-means of vectors (s width h w), a little apart where there are fewer."""
+    vectors, config = encoded.movedim(1, -1).flatten(0, -2), model.config
+    generator = torch.Generator().manual_seed(step)
+    order = torch.randperm(len(vectors), generator=generator).repeat(1 + config.codes // len(vectors))
+    centres = vectors[order[: config.codes]]
+    centres = centres + 0.01 * vectors.std() * torch.randn(centres.shape, generator=generator)
+    for _ in range(ROUNDS):
+        hot = torch.nn.functional.one_hot(torch.cdist(vectors, centres).argmin(-1), config.codes).to(vectors)
+        size = hot.sum(0)[:, None]
+        centres = torch.where(size > 0, hot.T @ vectors / size.clamp_min(1), centres)
+    _put(model, torch.arange(config.codes), centres, len(vectors) / config.codes)
 
 
 @torch.no_grad()
 def _revive(model: Autoencoder, encoded: Tensor, step: int) -> None:
     """Codes that are hardly used, at vectors (s width h w) drawn in proportion to the square of their distance."""
     vectors, quantizer = encoded.movedim(1, -1).flatten(0, -2), model.net.quantizer.quantizer
-    size, even = quantizer.ema_cluster_size, len(vectors) / model.config.codes
-    dead = (size < DEAD * even).nonzero().flatten()
+    even = len(vectors) / model.config.codes
+    dead = (quantizer.ema_cluster_size < DEAD * even).nonzero().flatten()
     chance = torch.cdist(vectors, quantizer.embedding.weight).amin(1).double().square().cpu().numpy()
     count = min(len(dead), int((chance > 0).sum()))
-    if not count:
-        return
-    drawn = np.random.default_rng(step).choice(len(vectors), count, replace=False, p=chance / chance.sum())
-    dead, chosen = dead[:count], vectors[torch.from_numpy(drawn)]
-    quantizer.embedding.weight[dead] = chosen
-    size[dead] = DEAD * even * 3
-    quantizer.ema_w[dead] = chosen * size[dead, None]
+    if count:
+        drawn = np.random.default_rng(step).choice(len(vectors), count, replace=False, p=chance / chance.sum())
+        _put(model, dead[:count], vectors[torch.from_numpy(drawn)], 3 * DEAD * even)
+
+
+def _put(model: Autoencoder, index: Tensor, vectors: Tensor, size: float) -> None:
+    """Codes of these numbers at vectors (k width), as though so many had been seen of each."""
+    quantizer: Any = model.net.quantizer.quantizer
+    quantizer.embedding.weight[index] = vectors
+    quantizer.ema_cluster_size[index] = size
+    quantizer.ema_w[index] = size * vectors

@@ -105,6 +105,12 @@ def counted_start(
     return Learned(0, fitted(blank, counts, pseudocount), counts.times(1 / len(x)))
 
 
+def clustered(vectors: Tensor, count: int, seed: int) -> Tensor:
+    """The K-means cluster (n) of each of vectors (n f); at most ``count`` clusters."""
+    first = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:count]
+    return _k_means(vectors[None], first[None])[0]
+
+
 def inputs_dtype(inputs: Inputs) -> torch.dtype:
     """Of its parameters."""
     return next(iter(inputs.tensors.values())).dtype
