@@ -294,9 +294,9 @@ class OverCodes(Over):
         """Of the autoencoder."""
         said, plan = self.reconstruction, self.plan.autoencoder
         steps = 0 if plan is None else plan.steps
-        return f"""The autoencoder (van den Oord, Vinyals & Kavukcuoglu 2017; MONAI's VQVAE) was trained on the same
-slices in {steps} steps. Held-out slices, decoded from their codes: {said["psnr"]:.2f} dB and an SSIM of {said["ssim"]:.3f}
-over the range, {said["used"]:.0f} of {self.plan.circuit.levels} codes in use, perplexity {said["perplexity"]:.1f}.
+        return f"""The autoencoder (van den Oord, Vinyals & Kavukcuoglu 2017; MONAI's VQVAE) was trained on the
+same slices in {steps} steps. Held-out slices, decoded from their codes: {said["psnr"]:.2f} dB over the range, SSIM
+{said["ssim"]:.3f}, {said["used"]:.0f} of {self.plan.circuit.levels} codes in use, perplexity {said["perplexity"]:.1f}.
 
 ![held out, decoded, and drawn from the circuit](samples.png)
 

@@ -12,7 +12,9 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from invdiff.circuits import codes
 from invdiff.circuits import load as load_circuit
+from invdiff.circuits.codes import CodeCircuit
 from invdiff.circuits.images import ImageCircuit
 from invdiff.config import build, find
 from invdiff.datasets import Volume, read_nifti, read_volume
@@ -20,14 +22,14 @@ from invdiff.files import sha256_of, whole_file
 from invdiff.noise import KeyedNoise
 from invdiff.operators import Mask
 from invdiff.pipelines.compare import PLACE_MM, corner_distance
-from invdiff.pipelines.devices import device_of
+from invdiff.pipelines.devices import device_of, dtype_of
 from invdiff.pipelines.output import beside, check_writable, checkpoint_path, versions, write_volume
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.reconstruct import Progress, RunConfig, kind_of, prior_of
 from invdiff.pipelines.scans import notes_on
 from invdiff.pipelines.tables import document_of
-from invdiff.priors import Steered
-from invdiff.priors.steered import SIGMA_STOP, check_range
+from invdiff.priors import Steered, SteeredByCodes
+from invdiff.priors.steered import SIGMA_STOP, SIGMA_STOP_OF_CODES, check_range
 from invdiff.problem import prepare
 from invdiff.protocols import Prior, Problem
 from invdiff.reconstruction import run_record
@@ -44,6 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "repaint": {"cg_steps": 1},
     "reddiff": {"z_lam": 0.0},
 }
+STOPS = {"circuit": SIGMA_STOP, "codes": SIGMA_STOP_OF_CODES}
 COUPLED = ("diffusionmbir",)
 QUANTILE = 0.999  # of the known non-zero voxels of an MR volume, which becomes 1
 
@@ -53,18 +56,23 @@ class SteerConfig:
     """How the prior is steered.
 
     Args:
-        kind: ``none`` or ``circuit``.
-        circuit: name of a shipped circuit or its folder; the prior's name if empty.
-        sigma_stop: noise level below which nothing is steered, prior units.
+        kind: ``none``, ``circuit`` (over cells) or ``codes`` (a circuit over the codes of an autoencoder).
+        circuit: name of a shipped circuit or its folder; if empty the prior's name, with ``-codes`` for codes.
+        sigma_stop: noise level below which nothing is steered, prior units; None is the kind's own.
     """
 
     kind: str = "none"
     circuit: str = ""
-    sigma_stop: float = SIGMA_STOP
+    sigma_stop: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "circuit"):
-            raise ValueError(f"steer is {self.kind!r}; none or circuit is wanted")
+        if self.kind not in ("none", *STOPS):
+            raise ValueError(f"steer is {self.kind!r}; one of none, {', '.join(STOPS)} is wanted")
+
+    @property
+    def stop(self) -> float:
+        """The noise level below which nothing is steered."""
+        return STOPS.get(self.kind, 0.0) if self.sigma_stop is None else self.sigma_stop
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,9 @@ def resolve(flags: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) ->
         steer=build(SteerConfig, document["steer"], "steer"),
         run=build(RunConfig, document["run"], "run"),
     )
-    if job.steer.kind == "circuit" and job.sampler.sigma(0) <= job.steer.sigma_stop:
+    if job.steer.kind != "none" and job.sampler.sigma(0) <= job.steer.stop:
         raise ValueError(
-            f"the sampler starts at sigma {job.sampler.sigma(0):g} and steering ends at {job.steer.sigma_stop:g}: "
+            f"the sampler starts at sigma {job.sampler.sigma(0):g} and steering ends at {job.steer.stop:g}: "
             "a larger sampler.sigma_max or a smaller steer.sigma_stop is wanted"
         )
     return job
@@ -190,7 +198,7 @@ def run(job: Inpainting, resume: bool, progress: Progress) -> dict[str, Any]:
     circuit = _circuit_of(job, info)
     prior, y, operator = _problem_parts(job, plain, circuit, known, hole[some])
     prepared = prepare(y, operator, prior, 0.0, KeyedNoise(job.run.seed))
-    circuit_key = "" if circuit is None else f"{circuit.sha256} {job.steer.sigma_stop}"
+    circuit_key = "" if circuit is None else f"{circuit.sha256} {job.steer.stop}"
     key = fingerprint(repr(job.sampler), y, hole[some], weights, job.run.seed, circuit_key)
     began, path = time.monotonic(), checkpoint_path(job.out)
     end = last(_states(job, prepared.problem, key, path, resume, progress))
@@ -222,16 +230,18 @@ def run(job: Inpainting, resume: bool, progress: Progress) -> dict[str, Any]:
     return record
 
 
-def _circuit_of(job: Inpainting, info: Any) -> ImageCircuit | None:
+def _circuit_of(job: Inpainting, info: Any) -> ImageCircuit | CodeCircuit | None:
     if job.steer.kind == "none":
         return None
-    circuit = load_circuit(job.steer.circuit or job.prior)
+    over_codes = job.steer.kind == "codes"
+    name = job.steer.circuit or (f"{job.prior}-codes" if over_codes else job.prior)
+    circuit = codes.load(name) if over_codes else load_circuit(name)
     check_range(circuit, info)
     return circuit
 
 
 def _problem_parts(
-    job: Inpainting, plain: Prior, circuit: ImageCircuit | None, known: Tensor, hole: Tensor
+    job: Inpainting, plain: Prior, circuit: ImageCircuit | CodeCircuit | None, known: Tensor, hole: Tensor
 ) -> tuple[Prior, Tensor, Mask]:
     """The prior, steered if so wanted; the known pixels, 0 elsewhere, in the prior's physical unit; the mask."""
     device = device_of(job.run.device)
@@ -240,7 +250,11 @@ def _problem_parts(
     if circuit is None:
         return plain, y, operator
     in_units = plain.info.in_prior_units(known).to(device)  # type: ignore[attr-defined]
-    return Steered(plain, circuit, in_units, (~hole).to(device), job.steer.sigma_stop), y, operator
+    mask, stop = (~hole).to(device), job.steer.stop
+    if isinstance(circuit, CodeCircuit):
+        noise, dtype = KeyedNoise(job.run.seed), dtype_of(job.run.dtype, device)
+        return SteeredByCodes(plain, circuit, in_units, mask, noise, stop, dtype), y, operator
+    return Steered(plain, circuit, in_units, mask, stop), y, operator
 
 
 def _states(job: Inpainting, problem: Problem, key: str, path: Path, resume: bool, progress: Progress) -> Iterator[Any]:

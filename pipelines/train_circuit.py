@@ -23,6 +23,7 @@ from invdiff.priors.model import PriorInfo, fast_dtype
 from invdiff.priors.slices import Slices, check_enough, checked, digest, split
 
 STATE_FILE = "state.pt"
+STATE_FILES = (STATE_FILE, AUTOENCODER_FILE)
 LOG_FILE = "log.csv"
 CIRCUIT_FOLDER = "circuit"
 FIXED = 2**31  # key of the draws for the structure and the start; steps are keyed from 0
@@ -201,7 +202,7 @@ class Job:
 def _check_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a folder is wanted")
-    held = [name for name in (STATE_FILE, AUTOENCODER_FILE) if (out / name).is_file()]
+    held = [name for name in STATE_FILES if (out / name).is_file()]
     if held and not resume:
         raise ValueError(f"{out} holds a run already; give --resume to go on with it, or another folder")
     if resume and not held:

@@ -107,18 +107,17 @@ class Autoencoder(nn.Module):
         """The code nearest to each of vectors (s v width): int64 (s v)."""
         return self.apart(vectors).argmin(-1)
 
-    def distances(self, x: Tensor) -> Tensor:
+    def distances(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Root mean square distance of every patch's vector to every code's: (s v C)."""
-        return self.apart(self.vectors(x))
+        return self.apart(self.vectors(x, dtype))
 
     def codes(self, x: Tensor) -> Tensor:
         """The nearest code of every patch: int64 (s v)."""
         return self.distances(x).argmin(-1)
 
-    def decoded(self, codes: Tensor, columns: int) -> Tensor:
-        """Images (s 1 h w) of codes (s v) on a grid of so many columns."""
-        out: Tensor = self.net.decode_samples(codes.unflatten(1, (-1, columns)))
-        return out
+    def decoded(self, codes: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Images (s 1 h w) of codes (s v) on a grid of so many columns, convolutions in ``dtype``."""
+        return self.made(self.net.quantizer.embed(codes.unflatten(1, (-1, columns))), dtype)
 
 
 class AutoencoderState(NamedTuple):

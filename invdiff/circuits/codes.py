@@ -12,10 +12,11 @@ from torch import Tensor
 
 from invdiff.circuits.autoencoder import Autoencoder, AutoencoderConfig
 from invdiff.circuits.circuit import Circuit
-from invdiff.circuits.images import GridInfo, read_folder, write_folder
+from invdiff.circuits.images import GridInfo, folder_of, read_folder, write_folder
 from invdiff.protocols import Noise
 
 WARM, SHARP = 0.1, 0.01  # temperatures of the encoder's evidence of an unknown and of a known patch, as published
+AT_ONCE = 16  # images that are encoded or decoded at once
 DRAWS = 8  # code maps that are decoded, as published
 LEAST_DEVIATION = 0.02  # of a pixel over the decoded draws, prior units: the decoder is no better than that
 STEP = -4  # of the keyed noise: the draws of codes
@@ -61,7 +62,7 @@ class CodeCircuit:
         """The same in the dtype and on the device of ``like``; the autoencoder is moved in place."""
         return replace(self, autoencoder=self.autoencoder.to(like), circuit=self.circuit.to(like))
 
-    def evidence(self, x: Tensor, known: Tensor) -> Tensor:
+    def evidence(self, x: Tensor, known: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """ln w (s v C) of the codes: the encoder's distances at an image, over a temperature.
 
         The temperature falls from 0.1 to 0.01 with the share of a patch's pixels that are known, as published.
@@ -69,24 +70,31 @@ class CodeCircuit:
         Args:
             x: image (s 1 h w), prior units.
             known: 1 where its pixels are known, the same shape.
+            dtype: of the encoder's convolutions; that of x if None.
         """
         share = self.info.pooled(known.to(x)).mean
         temperature = WARM + share * (SHARP - WARM)
-        return -self.autoencoder.distances(self.info.cut(x, -1.0)) / temperature[..., None]
+        parts = self.info.cut(x, -1.0).split(AT_ONCE)
+        apart = torch.cat([self.autoencoder.distances(part, dtype) for part in parts])
+        return -apart / temperature[..., None]
 
-    def posterior(self, evidence: Tensor, noise: Noise, draws: int = DRAWS) -> Pixels:
+    def posterior(self, evidence: Tensor, noise: Noise, draws: int = DRAWS, dtype: torch.dtype | None = None) -> Pixels:
         """Mean and variance over decoded joint draws of the codes, of the grid's pixels (s 1 h w).
 
         Args:
             evidence: ln w (s v C).
             noise: keyed noise; the same seed is the same draws.
             draws: how many, at least 2.
+            dtype: of the decoder's convolutions; that of the evidence if None.
         """
         if draws < 2:
             raise ValueError(f"draws is {draws}; at least 2 are wanted for a variance")
-        codes = [self.circuit.sample(evidence, noise, STEP, draw) for draw in range(draws)]
-        images = torch.stack([self.autoencoder.decoded(c, self.info.columns) for c in codes])
-        return Pixels(images.mean(0), images.var(0).clamp_min(LEAST_DEVIATION**2))
+        found = self.circuit.samples(evidence, noise, STEP, range(draws)).transpose(0, 1)
+        said = []
+        for some in found.split(max(1, AT_ONCE // draws)):
+            images = self.autoencoder.decoded(some.flatten(0, 1), self.info.columns, dtype).unflatten(0, some.shape[:2])
+            said.append((images.mean(1), images.var(1).clamp_min(LEAST_DEVIATION**2)))
+        return Pixels(*(torch.cat(parts) for parts in zip(*said, strict=True)))
 
 
 def save(folder: Path, circuit: CodeCircuit, extra: dict[str, Any] | None = None) -> None:
@@ -105,15 +113,17 @@ def save(folder: Path, circuit: CodeCircuit, extra: dict[str, Any] | None = None
     write_folder(folder, circuit.circuit, circuit.info, more, told)
 
 
-def load(folder: str | Path) -> CodeCircuit:
-    """Load what ``save`` wrote: float32, on the CPU.
+def load(name_or_folder: str | Path) -> CodeCircuit:
+    """Load a shipped circuit over codes by name, or the folder of one: float32, on the CPU.
 
     Raises:
-        ValueError: no such folder, one of another kind, or weights that are not those the config names.
+        ValueError: no such circuit, one over cells (``invdiff.circuits.load`` reads those), a file missing, or weights
+            that are not those the config names.
     """
-    circuit, info, sha256, document, tensors = read_folder(Path(folder), str(folder))
+    folder = folder_of(name_or_folder)
+    circuit, info, sha256, document, tensors = read_folder(folder, str(name_or_folder))
     if "autoencoder" not in document:
-        raise ValueError(f"{folder} is a circuit over the cells of an image; invdiff.circuits.load reads it")
+        raise ValueError(f"{name_or_folder} is a circuit over the cells of an image; one over codes is wanted")
     try:
         model = Autoencoder(AutoencoderConfig(**document["autoencoder"]))
         model.load_state_dict({n.removeprefix(PREFIX): t for n, t in tensors.items()})

@@ -67,13 +67,15 @@ def distilled_start(
     """
     _check_enough(x, states)
     if teacher.ndim != 3 or teacher.shape[:2] != x.shape:
-        raise ValueError(f"the teacher's features are {tuple(teacher.shape)}, the data {tuple(x.shape)}; (n v d) are")
+        raise ValueError(
+            f"the teacher's features are {tuple(teacher.shape)}, the data {tuple(x.shape)}; (n v d), (n v) are wanted"
+        )
     n, v, d = teacher.shape
     kept = _principal(teacher.reshape(1, n * v, d), OF_A_VARIABLE)[0].view(n, v, -1).transpose(0, 1)
-    first, out = _first_centres(structure, n, states, seed), []
-    for near, start in zip(_near(structure), first, strict=True):
-        features = kept[near].transpose(0, 1).reshape(1, n, -1)
-        out.append(_k_means(_principal(features, OF_A_REGION), start[None]))
+    generator, out = torch.Generator().manual_seed(seed), []
+    for near in _near(structure):
+        features = _principal(kept[near].transpose(0, 1).reshape(1, n, -1), OF_A_REGION)
+        out.append(_k_means(features, _far_apart(features[0], states, generator)[None]))
     return counted_start(structure, inputs, x, torch.cat(out), states, pseudocount)
 
 
@@ -107,7 +109,7 @@ def counted_start(
 
 def clustered(vectors: Tensor, count: int, seed: int) -> Tensor:
     """The K-means cluster (n) of each of vectors (n f); at most ``count`` clusters."""
-    first = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:count]
+    first = _far_apart(vectors, min(count, len(vectors)), torch.Generator().manual_seed(seed))
     return _k_means(vectors[None], first[None])[0]
 
 
@@ -137,6 +139,17 @@ def _first_centres(structure: Structure, images: int, states: int, seed: int) ->
     """The images (r k) from which every region's clusters start."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(images, generator=generator)[:states] for _ in range(structure.regions)])
+
+
+def _far_apart(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Images (k) of features (n f), each drawn by its squared distance to the others: Arthur & Vassilvitskii 2007."""
+    chosen = torch.randint(len(features), (1,), generator=generator)
+    apart = features.new_full((len(features),), torch.inf)
+    while len(chosen) < count:
+        apart = torch.minimum(apart, (features - features[chosen[-1]]).square().sum(-1))
+        chance = torch.where(apart.sum() > 0, apart, torch.ones_like(apart))
+        chosen = torch.cat([chosen, torch.multinomial(chance, 1, generator=generator)])
+    return chosen
 
 
 def _k_means(features: Tensor, first: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from invdiff.protocols import Noise, Prior
 SHARE_LEAST, SHARE_FALL = 0.8, 2.0  # of the denoiser's weight, published: 0.8 + 0.2 exp(-2 t / T)
 SCHEDULE = Discrete()  # whose t(sigma) that is: linear betas, T = 1000
 SIGMA_STOP = 5.0  # above it DDIM's images gained on validation slices in every figure; at 1 they lost structure again
+SIGMA_STOP_OF_CODES = 25.0  # of steering by codes: a fifth of the published steps
 DEVIATION = 0.5  # of images in prior units, EDM's sigma_data, for priors that do not say theirs
 
 
@@ -145,6 +146,7 @@ class SteeredByCodes(_Steering):
         mask: where they are known: bool (s 1 h w).
         noise: keyed noise, such as ``invdiff.noise.KeyedNoise(seed)``.
         sigma_stop: noise level below which nothing is steered, prior units.
+        dtype: of the autoencoder's convolutions, such as bfloat16; that of the images if None.
 
     Raises:
         ValueError: as ``Steered``.
@@ -157,9 +159,11 @@ class SteeredByCodes(_Steering):
         known: Tensor,
         mask: Tensor,
         noise: Noise,
-        sigma_stop: float = SIGMA_STOP,
+        sigma_stop: float = SIGMA_STOP_OF_CODES,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(prior, circuit, known, mask, sigma_stop)
+        self.dtype = dtype
         self.circuit = circuit.to(known)
         self.noise = noise
         self.covered = circuit.info.put(circuit.info.cut(torch.ones_like(known), 0.0), *known.shape[2:]).bool()
@@ -167,8 +171,8 @@ class SteeredByCodes(_Steering):
     def change(self, x: Tensor, sigma: Tensor, plain: Tensor) -> Tensor:
         """The pixels' way to the geometric mean, of those that whole patches cover."""
         with torch.no_grad():
-            evidence = self.circuit.evidence(torch.where(self.mask, self.known, plain), self.mask)
-            said = self.circuit.posterior(evidence, self.noise)
+            evidence = self.circuit.evidence(torch.where(self.mask, self.known, plain), self.mask, self.dtype)
+            said = self.circuit.posterior(evidence, self.noise, dtype=self.dtype)
             mu, s2 = (self.circuit.info.put(v, *x.shape[2:]) for v in said)
         there = theirs_share(sigma, self.deviation, torch.where(self.covered, s2, math.inf))
         return there * (mu - plain)
