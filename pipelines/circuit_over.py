@@ -117,6 +117,10 @@ class Over(ABC):
     def save(self, folder: Path, circuit: Circuit, within: float, figures: dict[str, Any]) -> str:
         """Write the circuit's folder; returns its card."""
 
+    @abstractmethod
+    def pictures(self, folder: Path, circuit: Circuit) -> None:
+        """Write what shows a learned circuit, beside its weights."""
+
     def start(self, structure: Structure, drawn: Drawn) -> Learned:
         """The circuit from which EM starts."""
         circuit, config = self.plan.circuit, self.plan.training
@@ -201,6 +205,9 @@ class OverCells(Over):
         images.save(folder, ours, figures)
         return card(ours, asdict(self.plan.circuit), figures, self)
 
+    def pictures(self, folder: Path, circuit: Circuit) -> None:
+        """None: cells are no images."""
+
     @property
     def each(self) -> str:
         """What a cell is."""
@@ -276,10 +283,9 @@ class OverCodes(Over):
         return bits_per_dimension(circuit, values)
 
     def save(self, folder: Path, circuit: Circuit, within: float, figures: dict[str, Any]) -> str:
-        """As ``invdiff.circuits.codes.load`` reads it, with a picture."""
+        """As ``invdiff.circuits.codes.load`` reads it."""
         ours = codes.CodeCircuit(self.autoencoder, circuit, self.info(within))
         codes.save(folder, ours, {**figures, "reconstruction": self.reconstruction})
-        self._picture(folder / "samples.png", ours)
         return card(ours, asdict(self.plan.circuit), figures, self)
 
     @property
@@ -298,24 +304,29 @@ class OverCodes(Over):
 same slices in {steps} steps. Held-out slices, decoded from their codes: {said["psnr"]:.2f} dB over the range, SSIM
 {said["ssim"]:.3f}, {said["used"]:.0f} of {self.plan.circuit.levels} codes in use, perplexity {said["perplexity"]:.1f}.
 
-![held out, decoded, and drawn from the circuit](samples.png)
+![joint draws of the circuit, decoded](samples.png)
 
-Rows: held-out slices; the same, decoded from their codes; joint draws of the circuit, decoded. It steers a diffusion
-prior at high noise (`invdiff.priors.SteeredByCodes`)."""
+Joint draws of the circuit, decoded. It steers a diffusion prior at high noise (`invdiff.priors.SteeredByCodes`)."""
 
     @torch.no_grad()
-    def _picture(self, path: Path, ours: codes.CodeCircuit) -> None:
-        """Validation images, the same decoded from their codes, and joint samples of the circuit decoded."""
-        info, shown = ours.info, judged_images(self.judged, ours.info, SHOWN)
+    def pictures(self, folder: Path, circuit: Circuit) -> None:
+        """Joint draws of the circuit, decoded, in its folder; beside that folder held-out images and them decoded.
+
+        The held-out images stay with the run: what a card is published with shows no subject.
+        """
+        info = self.info(0.0)
+        shown = judged_images(self.judged, info, SHOWN)
         x = torch.cat([info.cut(one, -1.0) for one in shown])
         decoded = self.autoencoder.decoded(self.autoencoder.codes(x), info.columns)
-        free = torch.zeros(len(x), info.rows * info.columns, info.levels)
-        made = self.autoencoder.decoded(ours.circuit.sample(free, KeyedNoise(0)), info.columns)
-        rows = {}
-        for name, part in (("held out", x), ("decoded", decoded), ("drawn", made)):
-            physical = (part[:, 0] + 1) / 2 * (info.high - info.low) + info.low
-            rows[name] = {f"{k + 1}": one for k, one in enumerate(physical)}
-        panel(path, rows, info.unit, (info.low, info.high), title=info.name)
+        free = torch.zeros(2 * SHOWN, info.rows * info.columns, info.levels)
+        drawn = self.autoencoder.decoded(circuit.sample(free, KeyedNoise(0)), info.columns)
+        for path, rows in (
+            (folder / "samples.png", {"drawn": drawn[:SHOWN], "": drawn[SHOWN:]}),
+            (folder.parent / "decoded.png", {"held out": x, "decoded": decoded}),
+        ):
+            shades = {name: (part[:, 0] + 1) / 2 * (info.high - info.low) + info.low for name, part in rows.items()}
+            named = {name: {f"{k + 1}": one for k, one in enumerate(part)} for name, part in shades.items()}
+            panel(path, named, info.unit, (info.low, info.high), title=info.name)
 
 
 def card(ours: ImageCircuit | codes.CodeCircuit, config: dict[str, Any], figures: dict[str, Any], over: Over) -> str:

@@ -178,6 +178,7 @@ class AutoencoderPlan:
         batch: crops of a step.
         crop: height and width of the crops in pixels, a multiple of the stride.
         rate: of Adam, which falls linearly to a tenth.
+        warm: steps over which the rate rises first.
         every: steps between looks at the validation, each with a checkpoint.
     """
 
@@ -188,7 +189,8 @@ class AutoencoderPlan:
     steps: int = 2000
     batch: int = 16
     crop: int = 128
-    rate: float = 2e-3
+    rate: float = 1.5e-3
+    warm: int = 100
     every: int = 200
 
     def __post_init__(self) -> None:
@@ -196,6 +198,8 @@ class AutoencoderPlan:
         for name in ("steps", "batch", "crop", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"autoencoder.{name} is {getattr(self, name)}; at least 1 is wanted")
+        if self.warm < 0:
+            raise ValueError(f"autoencoder.warm is {self.warm}; 0 or more is wanted")
         if not self.rate > 0 or self.crop % self.sizes.stride:
             raise ValueError(
                 f"autoencoder.rate is {self.rate} and autoencoder.crop {self.crop}; more than 0 and a multiple of the "

@@ -29,7 +29,7 @@ from invdiff.pipelines.reconstruct import Progress, RunConfig, kind_of, prior_of
 from invdiff.pipelines.scans import notes_on
 from invdiff.pipelines.tables import document_of
 from invdiff.priors import Steered, SteeredByCodes
-from invdiff.priors.steered import SIGMA_STOP, SIGMA_STOP_OF_CODES, check_range
+from invdiff.priors.steered import SIGMA_STOP, check_range
 from invdiff.problem import prepare
 from invdiff.protocols import Prior, Problem
 from invdiff.reconstruction import run_record
@@ -46,7 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "repaint": {"cg_steps": 1},
     "reddiff": {"z_lam": 0.0},
 }
-STOPS = {"circuit": SIGMA_STOP, "codes": SIGMA_STOP_OF_CODES}
+STEERED = ("none", "circuit", "codes")
 COUPLED = ("diffusionmbir",)
 QUANTILE = 0.999  # of the known non-zero voxels of an MR volume, which becomes 1
 
@@ -58,21 +58,16 @@ class SteerConfig:
     Args:
         kind: ``none``, ``circuit`` (over cells) or ``codes`` (a circuit over the codes of an autoencoder).
         circuit: name of a shipped circuit or its folder; if empty the prior's name, with ``-codes`` for codes.
-        sigma_stop: noise level below which nothing is steered, prior units; None is the kind's own.
+        sigma_stop: noise level below which nothing is steered, prior units.
     """
 
     kind: str = "none"
     circuit: str = ""
-    sigma_stop: float | None = None
+    sigma_stop: float = SIGMA_STOP
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", *STOPS):
-            raise ValueError(f"steer is {self.kind!r}; one of none, {', '.join(STOPS)} is wanted")
-
-    @property
-    def stop(self) -> float:
-        """The noise level below which nothing is steered."""
-        return STOPS.get(self.kind, 0.0) if self.sigma_stop is None else self.sigma_stop
+        if self.kind not in STEERED:
+            raise ValueError(f"steer is {self.kind!r}; one of {', '.join(STEERED)} is wanted")
 
 
 @dataclass(frozen=True)
@@ -125,9 +120,9 @@ def resolve(flags: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) ->
         steer=build(SteerConfig, document["steer"], "steer"),
         run=build(RunConfig, document["run"], "run"),
     )
-    if job.steer.kind != "none" and job.sampler.sigma(0) <= job.steer.stop:
+    if job.steer.kind != "none" and job.sampler.sigma(0) <= job.steer.sigma_stop:
         raise ValueError(
-            f"the sampler starts at sigma {job.sampler.sigma(0):g} and steering ends at {job.steer.stop:g}: "
+            f"the sampler starts at sigma {job.sampler.sigma(0):g} and steering ends at {job.steer.sigma_stop:g}: "
             "a larger sampler.sigma_max or a smaller steer.sigma_stop is wanted"
         )
     return job
@@ -198,7 +193,7 @@ def run(job: Inpainting, resume: bool, progress: Progress) -> dict[str, Any]:
     circuit = _circuit_of(job, info)
     prior, y, operator = _problem_parts(job, plain, circuit, known, hole[some])
     prepared = prepare(y, operator, prior, 0.0, KeyedNoise(job.run.seed))
-    circuit_key = "" if circuit is None else f"{circuit.sha256} {job.steer.stop}"
+    circuit_key = "" if circuit is None else f"{circuit.sha256} {job.steer.sigma_stop}"
     key = fingerprint(repr(job.sampler), y, hole[some], weights, job.run.seed, circuit_key)
     began, path = time.monotonic(), checkpoint_path(job.out)
     end = last(_states(job, prepared.problem, key, path, resume, progress))
@@ -250,7 +245,7 @@ def _problem_parts(
     if circuit is None:
         return plain, y, operator
     in_units = plain.info.in_prior_units(known).to(device)  # type: ignore[attr-defined]
-    mask, stop = (~hole).to(device), job.steer.stop
+    mask, stop = (~hole).to(device), job.steer.sigma_stop
     if isinstance(circuit, CodeCircuit):
         noise, dtype = KeyedNoise(job.run.seed), dtype_of(job.run.dtype, device)
         return SteeredByCodes(plain, circuit, in_units, mask, noise, stop, dtype), y, operator

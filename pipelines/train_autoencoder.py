@@ -95,7 +95,7 @@ class AutoencoderJob:
         with _interrupts() as caught:
             while standing.state.step < config.steps:
                 x = self.draws.crops(FIRST + standing.state.step, config.batch, config.crop)
-                state, loss = autoencoder_step(standing.state, x, config.rate, config.steps, self.dtype)
+                state, loss = autoencoder_step(standing.state, x, config.rate, config.steps, config.warm, self.dtype)
                 standing = standing._replace(state=state)
                 if state.step % config.every == 0 or state.step == config.steps:
                     standing = self._look(standing, loss, held_out)

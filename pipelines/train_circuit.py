@@ -128,6 +128,7 @@ class Job:
         except KeyboardInterrupt:
             self._save(standing)
             raise
+        over.pictures(self.out / CIRCUIT_FOLDER, standing.learned.circuit)
         self._say(f"all {config.steps} steps are done: {self.out / CIRCUIT_FOLDER}")
 
     def _step(self, state: Learned, fixed: Tensor | None) -> tuple[Learned, float]:

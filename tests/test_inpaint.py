@@ -134,9 +134,6 @@ def test_codes_steer_and_the_known_stays(prior: str, tmp_path: Path, here: Any) 
     assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["config"]["steer"]["kind"] == "codes" and len(record["circuit_sha256"]) == 64
-    assert here(*words(tmp_path, prior, "--sampler", "ddnm", "--steer", "codes", "--circuit", folder)) == (0, "")
-    late = read_nifti(tmp_path / "out.nii.gz").data
-    assert not torch.equal(late, found[1])  # steering ends earlier where nothing is said
 
 
 def test_magnitudes_have_no_unit(tmp_path: Path, here: Any) -> None:

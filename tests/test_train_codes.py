@@ -43,6 +43,8 @@ width = 3
 steps = {steps}
 batch = 5
 crop = 8
+rate = 0.002
+warm = 3
 every = 4
 {autoencoder}
 
@@ -128,9 +130,9 @@ def test_another_start_takes_over_the_autoencoder(tmp_path: Path, here: Any) -> 
     assert "holds a run already" in here(*command(tmp_path, config(tmp_path / "c.toml"), "b"))[1]
     (tmp_path / "b" / "autoencoder.pt").unlink()
     said = here(
-        *command(tmp_path, config(tmp_path / "e.toml", "k-means", 10, autoencoder="rate = 0.001"), "b", "--resume")
+        *command(tmp_path, config(tmp_path / "e.toml", "k-means", 10, autoencoder="residual = 2"), "b", "--resume")
     )[1]
-    assert "autoencoder.rate is 0.002 there, 0.001 now" in said
+    assert "autoencoder.residual is 1 there, 2 now" in said
 
 
 def test_a_code_book_is_used_though_it_starts_far_away() -> None:

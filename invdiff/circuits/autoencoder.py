@@ -145,7 +145,7 @@ def optimizer_of(model: Autoencoder, rate: float) -> torch.optim.Adam:
 
 
 def autoencoder_step(
-    state: AutoencoderState, x: Tensor, rate: float, steps: int, dtype: torch.dtype | None = None
+    state: AutoencoderState, x: Tensor, rate: float, steps: int, warm: int = 0, dtype: torch.dtype | None = None
 ) -> tuple[AutoencoderState, float]:
     """One step on images x (s 1 h w): mean absolute error and commitment, by Adam; the code book is a running mean.
 
@@ -157,6 +157,7 @@ def autoencoder_step(
         x: in prior units.
         rate: of Adam, which falls linearly to a tenth.
         steps: of the whole training.
+        warm: steps over which the rate rises first; without it all of the decoder's units can die at once.
         dtype: of the convolutions, such as bfloat16; that of x if None.
 
     Returns:
@@ -167,7 +168,7 @@ def autoencoder_step(
     """
     step, model, optimizer = state
     for group in optimizer.param_groups:
-        group["lr"] = rate * (1 - (1 - FINAL_RATE) * step / steps)
+        group["lr"] = rate * (1 - (1 - FINAL_RATE) * step / steps) * min(1.0, (step + 1) / max(1, warm))
     first, vectors = int(PLAIN * steps), model.encoded(x, dtype)
     if step == first:
         _start_book(model, vectors.detach(), step)

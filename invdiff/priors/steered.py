@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.circuits.codes import CodeCircuit
+from invdiff.circuits.codes import DRAWS, CodeCircuit
 from invdiff.circuits.images import Cells, ImageCircuit
 from invdiff.circuits.inputs import Spot
 from invdiff.priors.schedules import Discrete
@@ -19,7 +19,6 @@ from invdiff.protocols import Noise, Prior
 SHARE_LEAST, SHARE_FALL = 0.8, 2.0  # of the denoiser's weight, published: 0.8 + 0.2 exp(-2 t / T)
 SCHEDULE = Discrete()  # whose t(sigma) that is: linear betas, T = 1000
 SIGMA_STOP = 5.0  # above it DDIM's images gained on validation slices in every figure; at 1 they lost structure again
-SIGMA_STOP_OF_CODES = 25.0  # of steering by codes: a fifth of the published steps
 DEVIATION = 0.5  # of images in prior units, EDM's sigma_data, for priors that do not say theirs
 
 
@@ -147,6 +146,7 @@ class SteeredByCodes(_Steering):
         noise: keyed noise, such as ``invdiff.noise.KeyedNoise(seed)``.
         sigma_stop: noise level below which nothing is steered, prior units.
         dtype: of the autoencoder's convolutions, such as bfloat16; that of the images if None.
+        draws: of codes, that are decoded.
 
     Raises:
         ValueError: as ``Steered``.
@@ -159,11 +159,12 @@ class SteeredByCodes(_Steering):
         known: Tensor,
         mask: Tensor,
         noise: Noise,
-        sigma_stop: float = SIGMA_STOP_OF_CODES,
+        sigma_stop: float = SIGMA_STOP,
         dtype: torch.dtype | None = None,
+        draws: int = DRAWS,
     ) -> None:
         super().__init__(prior, circuit, known, mask, sigma_stop)
-        self.dtype = dtype
+        self.dtype, self.draws = dtype, draws
         self.circuit = circuit.to(known)
         self.noise = noise
         self.covered = circuit.info.put(circuit.info.cut(torch.ones_like(known), 0.0), *known.shape[2:]).bool()
@@ -172,7 +173,7 @@ class SteeredByCodes(_Steering):
         """The pixels' way to the geometric mean, of those that whole patches cover."""
         with torch.no_grad():
             evidence = self.circuit.evidence(torch.where(self.mask, self.known, plain), self.mask, self.dtype)
-            said = self.circuit.posterior(evidence, self.noise, dtype=self.dtype)
+            said = self.circuit.posterior(evidence, self.noise, self.draws, self.dtype)
             mu, s2 = (self.circuit.info.put(v, *x.shape[2:]) for v in said)
         there = theirs_share(sigma, self.deviation, torch.where(self.covered, s2, math.inf))
         return there * (mu - plain)
