@@ -79,8 +79,8 @@ def test_the_evidence_is_sharp_where_pixels_are_known() -> None:
     w = circuit.evidence(x, known)
     rms = circuit.autoencoder.distances(x)
     torch.testing.assert_close(w[:, 0], -rms[:, 0] / 0.01)
-    torch.testing.assert_close(w[:, 1], -rms[:, 1] / 0.055)
-    torch.testing.assert_close(w[:, 2:], -rms[:, 2:] / 0.1)
+    torch.testing.assert_close(w[:, 1], -rms[:, 1] / 0.755)
+    torch.testing.assert_close(w[:, 2:], -rms[:, 2:] / 1.5)
 
 
 def test_draws_are_joint_frozen_and_follow_the_known() -> None:
