@@ -1,9 +1,11 @@
 """Inpainting with and without steering: seven masks, four samplers, the same prior and the same seeds.
 
     python benchmarks/inpainting.py --data VAL --prior brain-mr -o table.json [--slices 4] [--steps 30]
+        [--stops none,5,codes:25]
 
-Prints the table as Markdown; what is in the JSON file already is not computed again. Every number is of the hole
-alone but HaarPSI and the feature distance, which are of the composited image.
+A stop is "none", a sigma_stop of steering by cells, or "codes:" and one of steering by codes. Prints the table as
+Markdown; what is in the JSON file already is not computed again. Every number is of the hole alone but HaarPSI and the
+feature distance, which are of the composited image.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from numpy.typing import NDArray
 from scipy import ndimage, stats
 from torch import Tensor
 
+from invdiff.circuits import codes
 from invdiff.circuits import load as load_circuit
 from invdiff.datasets import block_mean, pad_to_multiple, read_nifti, read_volume
 from invdiff.files import whole_file
 from invdiff.noise import KeyedNoise
 from invdiff.operators import Mask
-from invdiff.priors import Chunked, NetworkPrior, Steered, load
+from invdiff.priors import Chunked, NetworkPrior, Steered, SteeredByCodes, load
 from invdiff.priors.model import fast_dtype
 from invdiff.protocols import Problem
 from invdiff.run import iterate, last
@@ -36,6 +39,7 @@ from invdiff.samplers import DDNM, DDS, CoPaint, RePaint
 SIZE = 256
 SIGMA_MAX, SIGMA_MIN = 100.0, 0.02
 QUANTILE = 0.999
+CODES = "codes:"  # before the sigma_stop of steering by codes
 MR = ("sub-03", "sub-14", "sub-27", "sub-52")
 CT = ("LungFCP-01-0001", "C3L-00189", "totalsegmentator_dicom_j2k")
 PLACES = (0.42, 0.5, 0.58, 0.35, 0.65)  # of slices in a volume, as shares of its depth
@@ -163,6 +167,7 @@ def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict
     """The name of each run, and how it is made."""
     prior = load(arguments.prior).to("cpu", fast_dtype("cpu"))
     circuit = load_circuit(arguments.circuit or arguments.prior)
+    over_codes = codes.load(arguments.codes or f"{arguments.prior}-codes") if CODES in arguments.stops else None
     images = prior.info.in_prior_units(slices_of(arguments.data, arguments.prior, arguments.slices))
     kinds = {k: s for k, s in samplers(arguments.steps).items() if k in arguments.samplers.split(",")}
     for number, truth in enumerate(images.split(1)):
@@ -176,8 +181,12 @@ def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict
                 operator = Mask(~hole, truth.shape)
                 y = operator.forward(truth)
                 used: Any = Chunked(prior, 1)
-                if stop != "none":
-                    used = Steered(used, circuit, y, ~hole[None, None], float(stop))
+                known = ~hole[None, None]
+                if stop.startswith(CODES) and over_codes is not None:
+                    level = float(stop.removeprefix(CODES))
+                    used = SteeredByCodes(used, over_codes, y, known, KeyedNoise(0, n), level, fast_dtype("cpu"))
+                elif stop != "none":
+                    used = Steered(used, circuit, y, known, float(stop))
                 began = time.process_time()
                 x = last(iterate(sampler, Problem(operator, y, 0.0, used, KeyedNoise(0, n)))).x
                 seconds = time.process_time() - began
@@ -214,6 +223,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--prior", default="brain-mr")
     parser.add_argument("--circuit", default="")
+    parser.add_argument("--codes", default="", help="a circuit over codes, PRIOR-codes if not given")
     parser.add_argument("--slices", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--masks", default="half,box,stripes,expanding,free-form,lesion,truncated")

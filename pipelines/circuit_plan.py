@@ -1,26 +1,29 @@
-"""What the TOML file of ``invdiff train-circuit`` says, and the draws of cells that a circuit learns from."""
+"""What the TOML file of ``invdiff train-circuit`` says."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from invdiff.circuits import Categorical, DiscretisedLogistic, Gaussian, GridInfo, Structure, hidden_chow_liu, quad_tree
+from invdiff.circuits.autoencoder import AutoencoderConfig
 from invdiff.circuits.inputs import FAMILIES, Inputs
 from invdiff.config import build
 from invdiff.pipelines.training_data import DataConfig
-from invdiff.priors.slices import GAMMA, Slices
 
 STRUCTURES = ("hidden-chow-liu", "quad-tree")
 METHODS = ("stepwise", "full-batch")
-TABLES = ("data", "circuit", "training")
+STARTS = ("k-means", "distilled")
+OVER = ("cells", "codes")
+OF_THE_AUTOENCODER = ("block", "inputs", "levels")  # keys of the circuit that it decides
+SIZE = 256  # height and width of a grid of codes, pixels, unless said
+TABLES = ("data", "circuit", "autoencoder", "training")
 START_SCALE = 4.0  # levels over the logistic's first scale
 
 
@@ -33,6 +36,7 @@ class CircuitConfig:
         unit: physical unit of the images; HU or a.u.
         low: physical value that is -1 in prior units.
         high: physical value that is +1.
+        over: ``cells``, the means of blocks of pixels, or ``codes`` of an autoencoder, whose stride is the block.
         rows: cells of the grid, downwards.
         columns: cells of the grid, across.
         block: height and width of a cell, pixels.
@@ -40,7 +44,7 @@ class CircuitConfig:
         states: K of every region.
         inputs: ``categorical``, ``logistic`` or ``gaussian``.
         levels: of discrete inputs, over [-1, 1].
-        bins: of the histograms of the mutual information.
+        bins: of the histograms of the mutual information; codes are put into so many clusters for that.
         tie_sums: ``none``, or ``depth``: regions of one depth share their weights.
         tie_inputs: ``none``, or ``all``: all cells share their input distributions.
     """
@@ -49,6 +53,7 @@ class CircuitConfig:
     unit: str
     low: float
     high: float
+    over: str = "cells"
     rows: int = 32
     columns: int = 32
     block: int = 8
@@ -61,7 +66,7 @@ class CircuitConfig:
     tie_inputs: str = "none"
 
     def __post_init__(self) -> None:
-        for name, words in (("structure", STRUCTURES), ("inputs", tuple(FAMILIES))):
+        for name, words in (("over", OVER), ("structure", STRUCTURES), ("inputs", tuple(FAMILIES))):
             if getattr(self, name) not in words:
                 raise ValueError(f"circuit.{name} is {getattr(self, name)!r}; one of {', '.join(words)} is wanted")
         if self.states < 1:
@@ -98,6 +103,8 @@ class CircuitTraining:
     """How it learns.
 
     Args:
+        start: of EM: ``k-means`` of the variables' numbers, or ``distilled`` from a teacher, which is the encoder for
+            codes, and for cells the means of their quarters.
         method: ``stepwise``, on fresh draws, or ``full-batch``, again and again on ``images`` draws.
         steps: M-steps.
         batch: draws of a step (stepwise), or at once (full-batch).
@@ -117,6 +124,7 @@ class CircuitTraining:
         seed: of everything random.
     """
 
+    start: str = "k-means"
     method: str = "stepwise"
     steps: int = 600
     batch: int = 64
@@ -136,8 +144,9 @@ class CircuitTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"training.method is {self.method!r}; one of {', '.join(METHODS)} is wanted")
+        for name, words in (("method", METHODS), ("start", STARTS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"training.{name} is {getattr(self, name)!r}; one of {', '.join(words)} is wanted")
         for name in ("steps", "batch", "images", "every", "judged"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; at least 1 is wanted")
@@ -157,12 +166,67 @@ class CircuitTraining:
 
 
 @dataclass(frozen=True)
+class AutoencoderPlan:
+    """Which autoencoder, and how it is trained.
+
+    Args:
+        channels: features of each level, each of half the size of the one before.
+        residual: residual layers of each level.
+        codes: C.
+        width: numbers in a code's vector.
+        steps: of its training.
+        batch: crops of a step.
+        crop: height and width of the crops in pixels, a multiple of the stride.
+        rate: of Adam, which falls linearly to a tenth.
+        warm: steps over which the rate rises first.
+        every: steps between looks at the validation, each with a checkpoint.
+    """
+
+    channels: tuple[int, ...] = (16, 32, 64, 96)
+    residual: int = 1
+    codes: int = 256
+    width: int = 16
+    steps: int = 2000
+    batch: int = 16
+    crop: int = 128
+    rate: float = 1.5e-3
+    warm: int = 100
+    every: int = 200
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        for name in ("steps", "batch", "crop", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"autoencoder.{name} is {getattr(self, name)}; at least 1 is wanted")
+        if self.warm < 0:
+            raise ValueError(f"autoencoder.warm is {self.warm}; 0 or more is wanted")
+        if not self.rate > 0 or self.crop % self.sizes.stride:
+            raise ValueError(
+                f"autoencoder.rate is {self.rate} and autoencoder.crop {self.crop}; more than 0 and a multiple of the "
+                f"stride {self.sizes.stride} are wanted"
+            )
+
+    @property
+    def sizes(self) -> AutoencoderConfig:
+        """Of the network."""
+        return AutoencoderConfig(**{f.name: getattr(self, f.name) for f in fields(AutoencoderConfig)})
+
+
+@dataclass(frozen=True)
 class CircuitPlan:
-    """A circuit's training, resolved."""
+    """A circuit's training, resolved; ``autoencoder`` where it is over codes."""
 
     circuit: CircuitConfig
     training: CircuitTraining
     data: DataConfig
+    autoencoder: AutoencoderPlan | None = None
+
+    def __post_init__(self) -> None:
+        edge = self.circuit.block * min(self.circuit.rows, self.circuit.columns)
+        if self.autoencoder is not None and self.autoencoder.crop > edge:
+            raise ValueError(
+                f"autoencoder.crop is {self.autoencoder.crop}; at most the grid's {edge} pixels are wanted"
+            )
 
 
 def plan_of(config_file: Path) -> CircuitPlan:
@@ -178,69 +242,24 @@ def plan_of(config_file: Path) -> CircuitPlan:
     for name in document:
         if name not in TABLES:
             raise ValueError(f"{config_file} has {name!r}; the tables {', '.join(TABLES)} are known")
+    circuit, autoencoder = dict(document.get("circuit", {})), None
+    if circuit.get("over") == "codes":
+        autoencoder = build(AutoencoderPlan, document.get("autoencoder", {}), "autoencoder")
+        circuit = _over_codes(circuit, autoencoder.sizes)
+    elif "autoencoder" in document:
+        raise ValueError(f'{config_file} has [autoencoder] and a circuit over cells; circuit.over = "codes" is wanted')
     return CircuitPlan(
-        build(CircuitConfig, document.get("circuit", {}), "circuit"),
+        build(CircuitConfig, circuit, "circuit"),
         build(CircuitTraining, document.get("training", {}), "training"),
         build(DataConfig, document.get("data", {}), "data"),
+        autoencoder,
     )
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Images in prior units, a subject at random and changed at random: keyed by (seed, step, item)."""
-
-    slices: Slices
-    info: GridInfo
-    config: CircuitTraining
-
-    def cells(self, step: int, count: int) -> tuple[Tensor, float]:
-        """The cells (count v) of the draws of a step, and the mean variance of their pixels round them."""
-        found, inside = [], 0.0
-        for item in range(count):
-            x = torch.from_numpy(self._image(np.random.default_rng((self.config.seed, step, item))))[None, None]
-            mean = cells_of(self.info, x)
-            known = ~torch.isnan(mean)
-            square = self.info.pooled(x.square()).mean - mean.square()
-            inside += float(square[known].mean()) / count
-            found.append(mean)
-        return torch.cat(found), inside
-
-    def _image(self, rng: np.random.Generator) -> NDArray[np.float32]:
-        """(h w) in prior units."""
-        c, members = self.config, self.slices.members
-        chances = np.array([len(subjects) for subjects in members]) ** c.group_power
-        subjects = members[int(rng.choice(len(chances), p=chances / chances.sum()))]
-        image = self.slices.images[int(rng.choice(subjects[int(rng.integers(len(subjects)))]))]
-        x = self.slices.scale * self._moved(np.asarray(image, np.float32), rng)
-        share = (x - self.info.low) / (self.info.high - self.info.low)
-        if rng.random() < c.gamma:
-            power = np.exp(rng.uniform(*np.log(GAMMA)))
-            share = (1 + c.brightness * rng.uniform(-1, 1)) * np.maximum(share, 0) ** power
-        return (2 * share - 1).astype(np.float32)
-
-    def _moved(self, image: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-        """Flipped, shifted, rotated and resized, to the nearest pixel; what is missing repeats the edge."""
-        c, (h, w) = self.config, image.shape
-        if rng.random() < c.flip:
-            image = image[:, ::-1]
-        angle, size = c.rotate * rng.uniform(-1, 1), 1 + c.zoom * rng.uniform(-1, 1)
-        down, right = rng.uniform(-c.shift, c.shift, 2)
-        y, x = np.arange(h) - (h - 1) / 2, np.arange(w) - (w - 1) / 2
-        cos, sin = np.cos(angle) / size, np.sin(angle) / size
-        row = cos * y[:, None] - sin * x + (h - 1) / 2 + down
-        column = sin * y[:, None] + cos * x + (w - 1) / 2 + right
-        return image[row.round().astype(np.int64).clip(0, h - 1), column.round().astype(np.int64).clip(0, w - 1)]
-
-
-def cells_of(info: GridInfo, x: Tensor) -> Tensor:
-    """Cells (s v) of images (s 1 h w), NaN outside them."""
-    pooled = info.pooled(x)
-    return pooled.mean.masked_fill(pooled.number == 0, torch.nan)
-
-
-def judged_cells(slices: Slices, info: GridInfo, most: int) -> Tensor:
-    """Cells (n v) of at most so many slices, evenly over all, as they are."""
-    index: Sequence[int] = np.unique(np.linspace(0, len(slices.images) - 1, most).round().astype(int)).tolist()
-    middle, half = (info.high + info.low) / 2, (info.high - info.low) / 2
-    images = [torch.from_numpy(slices.scale * np.asarray(slices.images[k], np.float32)) for k in index]
-    return torch.cat([cells_of(info, (x[None, None] - middle) / half) for x in images])
+def _over_codes(circuit: dict[str, Any], sizes: AutoencoderConfig) -> dict[str, Any]:
+    """The circuit's table with what its autoencoder decides."""
+    for name in OF_THE_AUTOENCODER:
+        if name in circuit:
+            raise ValueError(f"circuit.{name} is given and the circuit is over codes; the autoencoder decides it")
+    edge = max(1, SIZE // sizes.stride)
+    return {"rows": edge, "columns": edge, **circuit, "block": sizes.stride, "levels": sizes.codes}

@@ -270,7 +270,7 @@ def inpaint(
     prior: Annotated[str, typer.Option(help="A shipped prior, or a prior's folder.")] = "brain-mr",
     sampler: Annotated[str, typer.Option(help="dds, ddnm, repaint, copaint, ...")] = "dds",
     steer: Annotated[
-        str, typer.Option(help="none, or circuit: by a circuit's exact posterior at high noise.")
+        str, typer.Option(help="none, circuit (by its exact posterior at high noise) or codes (one over codes).")
     ] = "none",
     circuit: Annotated[str | None, typer.Option(help="A shipped circuit or its folder; as the prior if not given.")] = (
         None
@@ -367,13 +367,13 @@ def train_circuit(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
 ) -> None:
-    """Learn a probabilistic circuit over a grid on the image, which steers a prior (invdiff inpaint --steer)."""
+    """Learn a probabilistic circuit over cells or codes of images, which steers a prior (invdiff inpaint --steer)."""
     from invdiff.pipelines import train_circuit as pipeline
 
     try:
         pipeline.run(config, data, out, resume, console)
     except KeyboardInterrupt:
-        kept = (out / pipeline.STATE_FILE).exists()
+        kept = any((out / name).exists() for name in pipeline.STATE_FILES)
         errors.print(f"interrupted; {out} holds the run: with --resume it goes on" if kept else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
 

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from invdiff.circuits.codes import CodeCircuit
 from invdiff.circuits.images import ImageCircuit
 from invdiff.circuits.inputs import Spot
 from invdiff.config import build, find
@@ -20,14 +21,14 @@ from invdiff.files import sha256_of, whole_file
 from invdiff.noise import KeyedNoise
 from invdiff.operators import Mask
 from invdiff.pipelines.compare import PLACE_MM, corner_distance
-from invdiff.pipelines.devices import device_of
+from invdiff.pipelines.devices import device_of, dtype_of
 from invdiff.pipelines.output import beside, check_writable, checkpoint_path, versions, write_volume
 from invdiff.pipelines.pictures import panel
 from invdiff.pipelines.reconstruct import Progress, RunConfig, kind_of, prior_of
 from invdiff.pipelines.scans import notes_on
 from invdiff.pipelines.steering import SteerConfig, check_steered, circuit_of, example_of
 from invdiff.pipelines.tables import document_of
-from invdiff.priors import Steered
+from invdiff.priors import Steered, SteeredByCodes
 from invdiff.problem import prepare
 from invdiff.protocols import Prior, Problem
 from invdiff.reconstruction import run_record
@@ -170,7 +171,8 @@ def run(job: Inpainting, resume: bool, progress: Progress) -> dict[str, Any]:
     some = hole.flatten(1).any(1)
     known = volume.data[some] / one
     circuit = circuit_of(job.steer, job.prior, info)
-    example = None if circuit is None else example_of(job.steer, circuit, info, volume, some, own_scale(info.unit))
+    cells = None if circuit is None else circuit.info
+    example = cells and example_of(job.steer, cells, info, volume, some, own_scale(info.unit))
     prior, y, operator = _problem_parts(job, plain, circuit, known, hole[some], example)
     prepared = prepare(y, operator, prior, 0.0, KeyedNoise(job.run.seed))
     key = fingerprint(repr(job.sampler), y, hole[some], weights, job.run.seed, job.steer.key(circuit))
@@ -205,7 +207,12 @@ def run(job: Inpainting, resume: bool, progress: Progress) -> dict[str, Any]:
 
 
 def _problem_parts(
-    job: Inpainting, plain: Prior, circuit: ImageCircuit | None, known: Tensor, hole: Tensor, evidence: Spot | None
+    job: Inpainting,
+    plain: Prior,
+    circuit: ImageCircuit | CodeCircuit | None,
+    known: Tensor,
+    hole: Tensor,
+    evidence: Spot | None,
 ) -> tuple[Prior, Tensor, Mask]:
     """The prior, steered if so wanted; the known pixels, 0 elsewhere, in the prior's physical unit; the mask."""
     device = device_of(job.run.device)
@@ -214,7 +221,11 @@ def _problem_parts(
     if circuit is None:
         return plain, y, operator
     in_units = plain.info.in_prior_units(known).to(device)  # type: ignore[attr-defined]
-    return Steered(plain, circuit, in_units, (~hole).to(device), job.steer.sigma_stop, evidence), y, operator
+    mask, stop = (~hole).to(device), job.steer.sigma_stop
+    if isinstance(circuit, CodeCircuit):
+        noise, dtype = KeyedNoise(job.run.seed), dtype_of(job.run.dtype, device)
+        return SteeredByCodes(plain, circuit, in_units, mask, noise, stop, dtype), y, operator
+    return Steered(plain, circuit, in_units, mask, stop, evidence), y, operator
 
 
 def _states(job: Inpainting, problem: Problem, key: str, path: Path, resume: bool, progress: Progress) -> Iterator[Any]:

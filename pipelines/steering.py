@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from invdiff.circuits import codes
 from invdiff.circuits import load as load_circuit
+from invdiff.circuits.codes import CodeCircuit
 from invdiff.circuits.evidence import of_example, product
-from invdiff.circuits.images import ImageCircuit
+from invdiff.circuits.images import GridInfo, ImageCircuit
 from invdiff.circuits.inputs import Spot
 from invdiff.datasets import Measurements, Volume, read_volume
 from invdiff.files import sha256_of
@@ -23,6 +25,7 @@ from invdiff.priors import Steered
 from invdiff.priors.steered import SIGMA_STOP, check_range
 from invdiff.protocols import Prior
 
+STEERED = ("none", "circuit", "codes")
 SIGMA_STOP_MEASURED = 1.0  # of CT: see docs/inpainting.md
 
 
@@ -31,8 +34,8 @@ class SteerConfig:
     """How the prior is steered.
 
     Args:
-        kind: ``none`` or ``circuit``.
-        circuit: name of a shipped circuit or its folder; the prior's name if empty.
+        kind: ``none``, ``circuit`` (over cells) or ``codes`` (a circuit over the codes of an autoencoder).
+        circuit: name of a shipped circuit or its folder; if empty the prior's name, with ``-codes`` for codes.
         sigma_stop: noise level below which nothing is steered, prior units.
         like: an example on the volume's grid, which a region is to be like; none if empty.
         like_region: NIfTI on the volume's grid: 1 where the example counts.
@@ -47,12 +50,12 @@ class SteerConfig:
     like_strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "circuit"):
-            raise ValueError(f"steer is {self.kind!r}; none or circuit is wanted")
+        if self.kind not in STEERED:
+            raise ValueError(f"steer is {self.kind!r}; one of {', '.join(STEERED)} is wanted")
         if bool(self.like) != bool(self.like_region):
             raise ValueError("one of steer.like and steer.like_region alone says nothing; both or none are wanted")
-        if self.like and self.kind == "none":
-            raise ValueError("steer.like is an example for a circuit; steer.kind circuit is wanted")
+        if self.like and self.kind != "circuit":
+            raise ValueError("steer.like is an example for a circuit over cells; steer.kind circuit is wanted")
         if not self.like_strength >= 0:
             raise ValueError(f"steer.like_strength is {self.like_strength}; 0 (none) to inf (pinned) is wanted")
 
@@ -62,7 +65,7 @@ class SteerConfig:
         more = {"like": self.like, "like_region": self.like_region, "like_strength": strength} if self.like else {}
         return {"kind": self.kind, "circuit": self.circuit, "sigma_stop": self.sigma_stop, **more}
 
-    def key(self, circuit: ImageCircuit | None) -> str:
+    def key(self, circuit: ImageCircuit | CodeCircuit | None) -> str:
         """What of it changes the answer: of the run's fingerprint."""
         if circuit is None:
             return ""
@@ -70,7 +73,7 @@ class SteerConfig:
         return " ".join([circuit.sha256, str(self.sigma_stop), *files, *([str(self.like_strength)] if files else [])])
 
 
-def circuit_of(steer: SteerConfig, prior: str, info: Any) -> ImageCircuit | None:
+def circuit_of(steer: SteerConfig, prior: str, info: Any) -> ImageCircuit | CodeCircuit | None:
     """The circuit, None for kind none.
 
     Args:
@@ -83,19 +86,21 @@ def circuit_of(steer: SteerConfig, prior: str, info: Any) -> ImageCircuit | None
     """
     if steer.kind == "none":
         return None
-    circuit = load_circuit(steer.circuit or prior)
+    over_codes = steer.kind == "codes"
+    name = steer.circuit or (f"{prior}-codes" if over_codes else prior)
+    circuit = codes.load(name) if over_codes else load_circuit(name)
     check_range(circuit, info)
     return circuit
 
 
 def example_of(
-    steer: SteerConfig, circuit: ImageCircuit, info: Any, volume: Volume, some: Tensor, one: Callable[[Volume], float]
+    steer: SteerConfig, cells: GridInfo, info: Any, volume: Volume, some: Tensor, one: Callable[[Volume], float]
 ) -> Spot | None:
     """The evidence that the example gives of the cells of some slices, None without an example.
 
     Args:
         steer: the table.
-        circuit: over the cells.
+        cells: of the circuit.
         info: of the prior.
         volume: on whose grid the example lies.
         some: which slices, bool (s).
@@ -112,7 +117,7 @@ def example_of(
     if not bool(region.any()):
         raise ValueError(f"the example's region {steer.like_region} is empty in the slices that are steered")
     pixels = info.in_prior_units(example.data[some] / one(example))
-    return of_example(circuit.info, pixels, region, steer.like_strength)
+    return of_example(cells, pixels, region, steer.like_strength)
 
 
 def check_steered(steer: SteerConfig, sampler: Any, name: str, prior: str) -> None:
@@ -139,7 +144,12 @@ def check_steered(steer: SteerConfig, sampler: Any, name: str, prior: str) -> No
 
 
 def steered(
-    steer: SteerConfig, circuit: ImageCircuit | None, scan: Measurements, prior: Prior, grid: Volume, like: Tensor
+    steer: SteerConfig,
+    circuit: ImageCircuit | CodeCircuit | None,
+    scan: Measurements,
+    prior: Prior,
+    grid: Volume,
+    like: Tensor,
 ) -> Prior:
     """The prior of a scan's images, steered by what the scan says of the cells; itself without a circuit.
 
@@ -152,14 +162,17 @@ def steered(
         like: any tensor on the device of the images.
 
     Raises:
-        ValueError: another kind of scan, images beyond the circuit's grid, an example that does not fit.
+        ValueError: a circuit over codes, another kind of scan, images beyond the circuit's grid, an example that does
+            not fit.
     """
     if circuit is None:
         return prior
+    if isinstance(circuit, CodeCircuit):
+        raise ValueError("a scan says nothing of codes, of which no pixel is known; steer.kind circuit is wanted")
     check_covered(scan, circuit.info)
     evidence, shape = evidence_of(scan, circuit, prior), tuple(scan.fields["shape"])
     some = torch.ones(shape[0], dtype=torch.bool)
-    example = example_of(steer, circuit, prior.info, grid, some, lambda v: in_unit(v, grid.unit))  # type: ignore[attr-defined]
+    example = example_of(steer, circuit.info, prior.info, grid, some, lambda v: in_unit(v, grid.unit))  # type: ignore[attr-defined]
     whole = evidence if example is None else product(evidence, example)
     nothing = torch.zeros(shape, device=like.device)
     return Steered(prior, circuit, nothing, torch.zeros_like(nothing, dtype=torch.bool), steer.sigma_stop, whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,40 +11,32 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from invdiff.circuits import (
-    Categorical,
-    Circuit,
-    GridInfo,
-    ImageCircuit,
-    Learned,
-    Structure,
-    chow_liu,
-    factorised,
-    full_batch,
-    k_means_start,
-    stepwise,
-)
-from invdiff.circuits.images import bits, save
+from invdiff.circuits import Circuit, Learned, Structure, full_batch, stepwise
 from invdiff.circuits.learning import Counts
-from invdiff.circuits.structure import chow_liu_parents, mutual_information
 from invdiff.files import read_torch, whole_file
-from invdiff.pipelines.circuit_plan import CircuitPlan, Draws, judged_cells, plan_of
+from invdiff.pipelines.circuit_over import Over, OverCells, OverCodes
+from invdiff.pipelines.circuit_plan import CircuitPlan, plan_of
+from invdiff.pipelines.train_autoencoder import STATE_FILE as AUTOENCODER_FILE
+from invdiff.pipelines.train_autoencoder import AutoencoderJob, digest_of, refuse_other, write_log
 from invdiff.pipelines.training_data import read_training
-from invdiff.priors.model import PriorInfo
+from invdiff.priors.model import PriorInfo, fast_dtype
 from invdiff.priors.slices import Slices, check_enough, checked, digest, split
 
 STATE_FILE = "state.pt"
+STATE_FILES = (STATE_FILE, AUTOENCODER_FILE)
 LOG_FILE = "log.csv"
 CIRCUIT_FOLDER = "circuit"
 FIXED = 2**31  # key of the draws for the structure and the start; steps are keyed from 0
-PSEUDOCOUNTS = (0.3, 3.0, 30.0)  # tried for the baselines, the best of which counts
+FREE = (("training", "steps"),)  # a longer or shorter run may go on from the same state
 
 
 def run(config_file: Path, data: Path, out: Path, resume: bool, console: Console) -> None:
     """Learn the circuit of ``config_file``; keeps ``state.pt``, ``log.csv`` and ``circuit/`` in ``out``.
 
+    A circuit over codes has an autoencoder, which is trained first (``autoencoder.pt`` and ``autoencoder.csv``).
+
     Args:
-        config_file: TOML; its tables are circuit, training and data.
+        config_file: TOML; its tables are circuit, autoencoder, training and data.
         data: folder of slices.
         out: folder of the run.
         resume: go on from its checkpoint, bit-identically.
@@ -64,8 +55,14 @@ def run(config_file: Path, data: Path, out: Path, resume: bool, console: Console
         "data": {**asdict(plan.data), "trained": digest(slices), "validated": digest(judged)},
     }
     out.mkdir(parents=True, exist_ok=True)
-    job = Job(out, plan, slices, judged, recorded, console)
-    job.run(job.resumed() if resume else job.fresh())
+    over: Over = OverCells(plan, slices, judged)
+    if plan.autoencoder is not None:
+        dtype = fast_dtype("cpu")
+        stage = AutoencoderJob(out, plan, judged, over.draws, recorded["data"], dtype, console)
+        over = OverCodes(plan, slices, judged, *stage.run(), dtype)
+        recorded["autoencoder"] = {**asdict(plan.autoencoder), "weights": digest_of(over.autoencoder)}
+    job = Job(out, over, recorded, console)
+    job.run(job.resumed() if (out / STATE_FILE).is_file() else job.fresh())
 
 
 def _read(plan: CircuitPlan, data: Path) -> tuple[Slices, Slices]:
@@ -81,7 +78,7 @@ def _read(plan: CircuitPlan, data: Path) -> tuple[Slices, Slices]:
 
 
 class Standing(NamedTuple):
-    """How a run stands. within: see ``GridInfo``; baselines: held-out bits a cell; rows: of the log so far."""
+    """How a run stands. within: see ``GridInfo``; baselines: held-out bits a variable; rows: of the log so far."""
 
     learned: Learned
     within: float
@@ -94,98 +91,77 @@ class Job:
     """A circuit's training and its folder."""
 
     out: Path
-    plan: CircuitPlan
-    slices: Slices
-    judged: Slices
+    over: Over
     recorded: dict[str, Any]
     console: Console
 
+    @property
+    def plan(self) -> CircuitPlan:
+        """What is wanted."""
+        return self.over.plan
+
     def fresh(self) -> Standing:
-        """The structure, the K-means start and the baselines, of the same draws."""
-        circuit, config = self.plan.circuit, self.plan.training
-        cells, inside = Draws(self.slices, self.info(0.0), config).cells(FIXED, config.images)
-        if bool(torch.isnan(cells).any()):
+        """The structure, the start of EM and the baselines, of the same draws."""
+        drawn = self.over.drawn(FIXED, self.plan.training.images)
+        if bool(torch.isnan(drawn.values).any()):
             raise ValueError("the slices are smaller than the grid; a circuit of fewer rows and columns is wanted")
-        structure, info = circuit.tree(cells), self.info(inside**0.5)
-        x = circuit.data(cells, info)
-        learned = k_means_start(structure, circuit.first_inputs(), x, circuit.states, config.pseudocount, config.seed)
-        self._say(f"{structure.regions} regions in {len(structure.levels)} levels, {circuit.states} states each")
-        return Standing(learned, info.within, self._baselines(info.levels_of(cells), info))
-
-    def info(self, within: float) -> GridInfo:
-        """The circuit's description."""
-        pixel = self.slices.pixel_mm
-        return self.plan.circuit.info(within, (float(pixel.min()), float(pixel.max())))
-
-    def _baselines(self, x: Tensor, info: GridInfo) -> dict[str, float]:
-        """Held-out bits a cell of independent cells and of the Chow-Liu tree, each with its best pseudocount."""
-        judged, found = self._judged(info), dict[str, float]()
-        parents = chow_liu_parents(mutual_information(x, self.plan.circuit.bins))
-        levels = Categorical(torch.zeros(1, 1, info.levels).log_softmax(-1))
-        for pseudocount in PSEUDOCOUNTS:
-            tree = chow_liu(x, info.levels, pseudocount, parents)
-            for name, circuit in (("factorised", factorised(levels, x, pseudocount)), ("chow-liu", tree)):
-                value = bits(ImageCircuit(circuit, info), judged)
-                found[name] = min(value, found.get(name, value))
-        self._say("held-out bits a cell: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-        return found
-
-    def _judged(self, info: GridInfo) -> Tensor:
-        return judged_cells(self.judged, info, self.plan.training.judged)
+        structure = self.over.tree(drawn.values)
+        learned = self.over.start(structure, drawn)
+        self._say(
+            f"{structure.regions} regions in {len(structure.levels)} levels, {learned.circuit.states} states each"
+        )
+        baselines = self.over.baselines(drawn.values)
+        said = ", ".join(f"{name} {value:.4f}" for name, value in baselines.items())
+        self._say(f"held-out bits a {self.over.word}: {said}")
+        return Standing(learned, drawn.within**0.5, baselines)
 
     def run(self, standing: Standing) -> None:
         """Every step, with a look at the validation and a checkpoint at multiples of ``every`` steps."""
-        config, info = self.plan.training, self.info(standing.within)
-        draws = Draws(self.slices, info, config)
-        fixed = self.plan.circuit.data(draws.cells(FIXED, config.images)[0], info) if config.full else None
-        judged = self._judged(info)
+        config, over = self.plan.training, self.over
+        fixed = over.data(over.values(FIXED, config.images)) if config.full else None
         try:
             while standing.learned.step < config.steps:
-                learned, value = self._step(standing.learned, draws, fixed)
+                learned, value = self._step(standing.learned, fixed)
                 standing = standing._replace(learned=learned)
                 if learned.step % config.every == 0 or learned.step == config.steps:
-                    standing = self._look(standing, value, judged)
+                    standing = self._look(standing, value)
         except KeyboardInterrupt:
             self._save(standing)
             raise
+        over.pictures(self.out / CIRCUIT_FOLDER, standing.learned.circuit)
         self._say(f"all {config.steps} steps are done: {self.out / CIRCUIT_FOLDER}")
 
-    def _step(self, state: Learned, draws: Draws, fixed: Tensor | None) -> tuple[Learned, float]:
+    def _step(self, state: Learned, fixed: Tensor | None) -> tuple[Learned, float]:
         """One M-step, and the mean ln p(x) before it of what it saw."""
         config = self.plan.training
         if fixed is not None:
             circuit, value = full_batch(state.circuit, fixed.split(config.batch), config.pseudocount)
             return Learned(state.step + 1, circuit, state.memory), value
-        x = self.plan.circuit.data(draws.cells(state.step, config.batch)[0], draws.info)
+        x = self.over.data(self.over.values(state.step, config.batch))
         return stepwise(state, x, (state.step + 2) ** -config.power, config.images, config.pseudocount)
 
-    def _look(self, standing: Standing, value: float, judged: Tensor) -> Standing:
+    def _look(self, standing: Standing, value: float) -> Standing:
         """Validate, log, write the circuit and the checkpoint."""
-        info, learned = self.info(standing.within), standing.learned
-        circuit = ImageCircuit(learned.circuit, info)
-        width = math.log2(info.width) if self.plan.circuit.inputs == "gaussian" else 0.0
+        learned, over = standing.learned, self.over
+        width = math.log2(over.info(0.0).width) if self.plan.circuit.inputs == "gaussian" else 0.0
         seen = -value / math.log(2) / learned.circuit.structure.variables - width
-        row = {"step": learned.step, "bits": seen, "held_out_bits": bits(circuit, judged)}
+        held_out = over.bits(learned.circuit, over.held_out)
+        row = {"step": learned.step, "bits": seen, "held_out_bits": held_out}
         standing = standing._replace(rows=(*standing.rows, row))
         figures = {
             "steps": learned.step,
             "training": self.recorded["training"],
-            "slices": len(self.slices.images),
-            "subjects": self.slices.subjects,
-            "held_out_bits_per_cell": {"circuit": row["held_out_bits"], **standing.baselines},
+            "slices": len(over.slices.images),
+            "subjects": over.slices.subjects,
+            f"held_out_bits_per_{over.word}": {"circuit": held_out, **standing.baselines},
         }
-        save(self.out / CIRCUIT_FOLDER, circuit, figures)
+        told = over.save(self.out / CIRCUIT_FOLDER, learned.circuit, standing.within, figures)
         with whole_file(self.out / CIRCUIT_FOLDER / "README.md") as part:
-            part.write_text(card(circuit, self.recorded["circuit"], figures))
-        with whole_file(self.out / LOG_FILE) as part, part.open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(row))
-            writer.writeheader()
-            writer.writerows(standing.rows)
+            part.write_text(told)
+        write_log(self.out / LOG_FILE, standing.rows)
         self._save(standing)
-        self._say(
-            f"{learned.step} of {self.plan.training.steps} steps: {seen:.4f} bits a cell, "
-            f"held out {row['held_out_bits']:.4f}"
-        )
+        done = f"{learned.step} of {self.plan.training.steps} steps"
+        self._say(f"{done}: {seen:.4f} bits a {over.word}, held out {held_out:.4f}")
         return standing
 
     def _save(self, standing: Standing) -> None:
@@ -212,7 +188,7 @@ class Job:
         path = self.out / STATE_FILE
         stored = read_torch(path)
         try:
-            refuse_other(stored["config"], self.recorded, path)
+            refuse_other(stored["config"], self.recorded, path, FREE)
             inputs = replace(self.plan.circuit.first_inputs(), **stored["inputs"])  # type: ignore[type-var]
             circuit = Circuit(Structure(**stored["structure"]), inputs, stored["root"], stored["weights"])
             learned = Learned(stored["step"], circuit, Counts(**stored["memory"]))
@@ -224,48 +200,11 @@ class Job:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """A longer or shorter run may go on from the same state; anything else would be another run."""
-    for table, values in wanted.items():
-        for name, value in values.items():
-            if stored[table][name] != value and (table, name) != ("training", "steps"):
-                raise ValueError(
-                    f"{path} is of another run: {table}.{name} is {stored[table][name]} there, {value} now"
-                )
-
-
 def _check_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a folder is wanted")
-    if (out / STATE_FILE).exists() and not resume:
+    held = [name for name in STATE_FILES if (out / name).is_file()]
+    if held and not resume:
         raise ValueError(f"{out} holds a run already; give --resume to go on with it, or another folder")
-    if resume and not (out / STATE_FILE).is_file():
+    if resume and not held:
         raise ValueError(f"{out} holds no {STATE_FILE} to resume from")
-
-
-def card(circuit: ImageCircuit, config: dict[str, Any], figures: dict[str, Any]) -> str:
-    """What is known of a circuit, as Markdown."""
-    info, s = circuit.info, circuit.circuit.structure
-    bits_of = figures["held_out_bits_per_cell"]
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in bits_of.items())
-    low, high = info.pixel_mm
-    how = (
-        f"{config['structure']}, {s.regions} regions in {len(s.levels)} levels, K = {circuit.circuit.states}, "
-        f"{circuit.circuit.inputs.kind} inputs"
-    )
-    learned = f"{figures['slices']} slices of {figures['subjects']} subjects (pixels of {low:.3g} to {high:.3g} mm)"
-    return f"""# The circuit "{info.name}"
-
-An exact density of {info.rows} x {info.columns} cells, each the mean of {info.block} x {info.block} pixels,
-in {info.unit} from {info.low:g} to {info.high:g}: {how}.
-Learned by `invdiff train-circuit` from {learned} in {figures["steps"]} steps of EM.
-
-Bits a cell of {info.levels} levels, on subjects held out; the baselines each with their best pseudocount:
-
-| model | bits |
-|---|---|
-{rows}
-
-It steers a diffusion prior at high noise (`invdiff.priors.Steered`). It knows nothing of what is smaller than a cell.
-Not for diagnosis.
-"""

@@ -36,7 +36,10 @@ from invdiff.circuits import (
     stepwise,
 )
 from invdiff.circuits.images import bits, save
-from invdiff.pipelines.circuit_plan import CircuitTraining, Draws, plan_of
+from invdiff.pipelines.circuit_draws import Draws
+from invdiff.pipelines.circuit_over import OverCells
+from invdiff.pipelines.circuit_plan import CircuitConfig, CircuitPlan, CircuitTraining, plan_of
+from invdiff.pipelines.training_data import DataConfig
 from invdiff.priors.slices import Slices
 
 LEVELS = 5
@@ -399,22 +402,28 @@ def test_another_run_is_refused(tmp_path: Path, here: Any) -> None:
     )
 
 
+def cells_of(draws: Draws, step: int, count: int) -> Tensor:
+    return torch.cat([draws.info.pooled(x).mean for x in draws.images(step, count)])
+
+
 def test_draws_are_keyed_and_move_the_image() -> None:
     x = np.random.default_rng(0).normal(0, 300, (6, 12, 15)).astype(np.float32)
     slices = Slices(x, np.array([0, 0, 1, 1, 2, 2]), np.ones(6, np.float32))
     info = toy_info(rows=4, columns=5, block=3)
     still = {"flip": 0.0, "shift": 0, "rotate": 0.0, "zoom": 0.0}
     plain = {tuple(info.pooled(torch.from_numpy(k)[None, None] / 1000).mean[0].tolist()) for k in x}
-    cells, _ = Draws(slices, info, CircuitTraining(**still)).cells(3, 8)
+    cells = cells_of(Draws(slices, info, CircuitTraining(**still)), 3, 8)
     assert all(min(np.abs(np.array(row) - np.array(p)).max() for p in plain) < 1e-5 for row in cells.tolist())
     one = Slices(x[:1], np.zeros(1, np.int64), np.ones(1, np.float32))
+    grid = CircuitConfig("toy", "HU", -1000.0, 1000.0, rows=4, columns=5, block=3, levels=LEVELS)
+    over = OverCells(CircuitPlan(grid, CircuitTraining(**still), DataConfig()), one, one)
     inside = (x[0] / 1000).reshape(4, 3, 5, 3).var((1, 3)).mean()
-    assert abs(Draws(one, info, CircuitTraining(**still)).cells(0, 3)[1] - inside) < 1e-6
+    assert abs(over.drawn(0, 3).within - inside) < 1e-6
     moved = Draws(slices, info, CircuitTraining())
-    assert torch.equal(moved.cells(3, 8)[0][:5], moved.cells(3, 5)[0])
-    assert not torch.equal(moved.cells(3, 5)[0], moved.cells(4, 5)[0])
-    assert (moved.cells(3, 8)[0] - cells).abs().max() > 0.05
-    flipped, _ = Draws(slices, info, CircuitTraining(**{**still, "flip": 1.0})).cells(3, 8)
+    assert torch.equal(cells_of(moved, 3, 8)[:5], cells_of(moved, 3, 5))
+    assert not torch.equal(cells_of(moved, 3, 5), cells_of(moved, 4, 5))
+    assert (cells_of(moved, 3, 8) - cells).abs().max() > 0.05
+    flipped = cells_of(Draws(slices, info, CircuitTraining(**{**still, "flip": 1.0})), 3, 8)
     back = flipped.view(8, 4, 5).flip(-1).flatten(1)
     assert all(min(np.abs(np.array(row) - np.array(p)).max() for p in plain) < 1e-5 for row in back.tolist())
 

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from invdiff import circuits
 from invdiff.circuits import Categorical, GridInfo, codes, factorised, full_batch, k_means_start, quad_tree
-from invdiff.circuits.codes import (
-    LEAST_DEVIATION,
-    Autoencoder,
-    AutoencoderConfig,
-    CodeCircuit,
-    code_bits,
-    train_autoencoder,
-)
+from invdiff.circuits.autoencoder import Autoencoder, AutoencoderConfig, train_autoencoder
+from invdiff.circuits.codes import LEAST_DEVIATION, CodeCircuit, code_bits
 from invdiff.noise import KeyedNoise
 from invdiff.priors import SteeredByCodes
 from invdiff.priors.steered import theirs_share
@@ -85,8 +79,8 @@ def test_the_evidence_is_sharp_where_pixels_are_known() -> None:
     w = circuit.evidence(x, known)
     rms = circuit.autoencoder.distances(x)
     torch.testing.assert_close(w[:, 0], -rms[:, 0] / 0.01)
-    torch.testing.assert_close(w[:, 1], -rms[:, 1] / 0.055)
-    torch.testing.assert_close(w[:, 2:], -rms[:, 2:] / 0.1)
+    torch.testing.assert_close(w[:, 1], -rms[:, 1] / 0.755)
+    torch.testing.assert_close(w[:, 2:], -rms[:, 2:] / 1.5)
 
 
 def test_draws_are_joint_frozen_and_follow_the_known() -> None:

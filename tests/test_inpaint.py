@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from invdiff.circuits import Circuit, Gaussian, GridInfo, ImageCircuit, Structure
+from invdiff.circuits import Categorical, Circuit, Gaussian, GridInfo, ImageCircuit, Structure, codes
+from invdiff.circuits.autoencoder import Autoencoder, AutoencoderConfig
 from invdiff.circuits.images import save
 from invdiff.datasets import Storage, Volume, read_nifti, write_nifti
 from invdiff.priors import PriorInfo
@@ -59,6 +60,18 @@ def circuit_folder(folder: Path, low: float = -1000.0, high: float = 2000.0, uni
     circuit = Circuit(structure, inputs, torch.full((2,), 0.5), torch.full((1, 2, 2), 0.5))
     save(folder / "circuit", ImageCircuit(circuit, info))
     return folder / "circuit"
+
+
+def codes_folder(folder: Path, low: float = -1000.0, high: float = 2000.0) -> Path:
+    """Two codes, bright and dark, that go together all over the image; the decoder is of an untrained network."""
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig((4, 4), 1, 2, 3))
+    inputs = Categorical(torch.tensor([[[0.999, 0.001], [0.001, 0.999]]]).log())
+    structure = Structure((-1,), (0,) * 20, (), (0,) * 20)
+    circuit = Circuit(structure, inputs, torch.full((2,), 0.5), torch.full((1, 2, 2), 0.5))
+    info = GridInfo("toy", "HU", low, high, 4, 5, 4, 2, 0.0)
+    codes.save(folder / "codes", codes.CodeCircuit(model.eval(), circuit, info))
+    return folder / "codes"
 
 
 def words(folder: Path, prior: str, *more: object, out: str = "out.nii.gz") -> list[object]:
@@ -108,6 +121,19 @@ def test_steering_follows_what_is_known(prior: str, tmp_path: Path, here: Any) -
     assert len(record["circuit_sha256"]) == 64 and record["config"]["steer"]["sigma_stop"] == 0.01
     plain, steered = means[2] - means[0], means[3] - means[1]
     assert steered > plain + 500
+
+
+def test_codes_steer_and_the_known_stays(prior: str, tmp_path: Path, here: Any) -> None:
+    volume, _ = files(tmp_path)
+    folder, found = codes_folder(tmp_path), []
+    for steer in ("none", "codes", "codes"):
+        how = ("--sampler", "ddnm", "--steer", steer, "--circuit", folder, "steer.sigma_stop=1.0")
+        assert here(*words(tmp_path, prior, *how, "run.chunk=1")) == (0, "")
+        found.append(read_nifti(tmp_path / "out.nii.gz").data)
+        assert torch.equal(found[-1][hole() == 0], read_nifti(volume).data[hole() == 0])
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["config"]["steer"]["kind"] == "codes" and len(record["circuit_sha256"]) == 64
 
 
 def test_magnitudes_have_no_unit(tmp_path: Path, here: Any) -> None:
@@ -163,9 +189,14 @@ def shifted() -> Any:
         ({}, ("--sampler", "ddim"), "'ddim' does not fill in slices from a prior"),
         ({}, ("--sampler", "diffusionmbir"), "each for itself; a sampler that does"),
         ({}, ("--sampler", "cgls"), "'cgls' does not fill in"),
-        ({}, ("--steer", "magic"), "steer is 'magic'; none or circuit"),
+        ({}, ("--steer", "magic"), "steer is 'magic'; one of none, circuit, codes"),
         ({}, ("--steer", "circuit", "steer.sigma_stop=60"), "starts at sigma 40 and steering ends at 60"),
         ({}, ("--steer", "circuit", "--circuit", "nowhere"), "no circuit 'nowhere'"),
+        ({}, ("--steer", "codes", "--circuit", "nowhere"), "no circuit 'nowhere'"),
+        ({}, ("--steer", "codes", "steer.sigma_stop=60"), "starts at sigma 40 and steering ends at 60"),
+        ({}, ("--steer", "circuit", "--circuit", "CODES"), "is a circuit over codes; one over cells is wanted"),
+        ({}, ("--steer", "codes", "--circuit", "CELLS"), "over the cells of an image; one over codes is wanted"),
+        ({}, ("--steer", "codes", "--circuit", "OTHER-CODES"), "circuit 'toy' is of 0 to 1 HU, prior 'toy' of -1000"),
         ({}, ("--steer", "circuit", "--circuit", "OTHER"), "circuit 'toy' is of 0 to 1 HU, prior 'toy' of -1000 to"),
     ],
 )  # fmt: skip
@@ -173,7 +204,12 @@ def test_bad_input_gets_one_sentence(
     change: dict[str, Any], more: tuple[str, ...], message: str, prior: str, tmp_path: Path, here: Any
 ) -> None:
     files(tmp_path, **change)
-    other = circuit_folder(tmp_path, 0.0, 1.0) if "OTHER" in more else ""
-    code, said = here(*words(tmp_path, prior, *(other if w == "OTHER" else w for w in more)))
+    made = {
+        "OTHER": lambda: circuit_folder(tmp_path, 0.0, 1.0),
+        "CELLS": lambda: circuit_folder(tmp_path),
+        "CODES": lambda: codes_folder(tmp_path),
+        "OTHER-CODES": lambda: codes_folder(tmp_path, 0.0, 1.0),
+    }
+    code, said = here(*words(tmp_path, prior, *(made[w]() if w in made else w for w in more)))
     assert code == 2 and re.search(message, said), said
     assert not (tmp_path / "out.nii.gz").exists() and not (tmp_path / "out.json").exists()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from invdiff.circuits.circuit import Circuit
 from invdiff.circuits.inputs import Categorical, Inputs
-from invdiff.circuits.learning import _probabilities, k_means_start
+from invdiff.circuits.learning import _probabilities
+from invdiff.circuits.starts import k_means_start
 from invdiff.circuits.structure import Structure, chow_liu_parents, mutual_information
 
 

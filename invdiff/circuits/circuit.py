@@ -176,8 +176,16 @@ class Circuit:
             step: of the key.
             draw: of the key.
         """
-        up, s = self.up(evidence), self.structure
-        b = len(up.log_likelihood)
+        return self.samples(evidence, noise, step, range(draw, draw + 1))[0]
+
+    def samples(self, evidence: Any, noise: Noise, step: int, draws: range) -> Tensor:
+        """Several joint draws, of one pass up: (d b v); see ``sample``."""
+        up = self.up(evidence)
+        return torch.stack([self._drawn(up, evidence, noise, step, draw) for draw in draws])
+
+    def _drawn(self, up: Up, evidence: Any, noise: Noise, step: int, draw: int) -> Tensor:
+        """From the root down: (b v)."""
+        s, b = self.structure, len(up.log_likelihood)
         normal = noise(step, self.root.new_empty(b, s.regions + s.variables), draw)
         chance = normal[:, : s.regions].T
         chosen = [inverse_cdf((self.root.log() + up.products[0]).softmax(-1), chance[:1])]

@@ -216,8 +216,13 @@ def write_folder(
 
 
 def shipped() -> list[str]:
-    """Names of the circuits in the package."""
+    """Names of the circuits in the package, over cells and over codes."""
     return sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG_FILE}"))
+
+
+def folder_of(name_or_folder: str | Path) -> Path:
+    """The folder of a shipped circuit of that name, else the folder itself."""
+    return SHIPPED / str(name_or_folder) if str(name_or_folder) in shipped() else Path(name_or_folder)
 
 
 def load(name_or_folder: str | Path) -> ImageCircuit:
@@ -227,12 +232,13 @@ def load(name_or_folder: str | Path) -> ImageCircuit:
         The circuit, float32, on the CPU; ``.to(x)`` moves it.
 
     Raises:
-        ValueError: no such circuit, a file missing, or weights that are not those the config names.
+        ValueError: no such circuit, one over codes (``invdiff.circuits.codes.load`` reads those), a file missing, or
+            weights that are not those the config names.
     """
-    folder = SHIPPED / str(name_or_folder) if str(name_or_folder) in shipped() else Path(name_or_folder)
+    folder = folder_of(name_or_folder)
     circuit, info, sha256, document, _ = read_folder(folder, str(name_or_folder))
     if "autoencoder" in document:
-        raise ValueError(f"{folder} is a circuit over codes; invdiff.circuits.codes.load reads it")
+        raise ValueError(f"{name_or_folder} is a circuit over codes; one over cells is wanted")
     return ImageCircuit(circuit, info, sha256)
 
 

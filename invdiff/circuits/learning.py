@@ -1,4 +1,4 @@
-"""Learning a circuit's parameters: EM by accumulated flows, full-batch or stepwise, from a K-means start."""
+"""Learning a circuit's parameters: EM by accumulated flows, full-batch or stepwise."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ import torch
 from torch import Tensor
 
 from invdiff.circuits.circuit import Circuit
-from invdiff.circuits.inputs import Inputs
-from invdiff.circuits.structure import ROOT, Structure
-
-FEATURES = 24  # variables near a region by which its K-means start clusters images
-ROUNDS = 8  # of that K-means
-REGIONS_AT_ONCE = 64  # of that K-means
 
 
 class Counts(NamedTuple):
@@ -135,67 +129,3 @@ def stepwise(state: Learned, x: Tensor, rate: float, images: int, pseudocount: f
     memory = state.memory.times(1 - rate).plus(counts.times(rate / len(x)))
     circuit = fitted(state.circuit, memory.times(images), pseudocount)
     return Learned(state.step + 1, circuit, memory), float(log_likelihood.mean())
-
-
-def k_means_start(
-    structure: Structure, inputs: Inputs, x: Tensor, states: int, pseudocount: float, seed: int
-) -> Learned:
-    """Parameters from hard states: each region's images are clustered by the variables nearest to it in the tree.
-
-    Args:
-        structure: of the circuit.
-        inputs: of the wanted family, one state will do; its parameters are only where the fit starts from.
-        x: data (n v), complete.
-        states: K.
-        pseudocount: see ``fitted``; of images.
-        seed: of the clusters' first centres.
-
-    Raises:
-        ValueError: fewer images than states.
-    """
-    n = len(x)
-    if n < states:
-        raise ValueError(f"there are {n} images for {states} states; at least as many are wanted")
-    assigned = _clusters(structure, x.to(inputs_dtype(inputs)), states, seed)
-    hot = torch.nn.functional.one_hot(assigned, states).to(inputs_dtype(inputs))
-    above = hot[[0 if p == ROOT else p for p in structure.parent]]
-    weights = above.transpose(1, 2) @ hot
-    if structure.sum_groups:
-        group = torch.tensor(structure.sum_groups)
-        weights = weights.new_zeros(max(structure.sum_groups) + 1, states, states).index_add(0, group, weights)
-    groups = structure.input_groups or tuple(range(structure.variables))
-    wide = _broadcast(inputs, max(groups) + 1, states)
-    counted = wide.counts(x, hot[list(structure.owner)], torch.tensor(groups), max(groups) + 1)
-    counts = Counts(hot.new_tensor(float(n)), hot[0].sum(0), weights, counted)
-    even = hot.new_full(weights.shape, 1 / states)
-    blank = Circuit(structure, wide, hot.new_full((states,), 1 / states), even)
-    return Learned(0, fitted(blank, counts, pseudocount), counts.times(1 / n))
-
-
-def inputs_dtype(inputs: Inputs) -> torch.dtype:
-    """Of its parameters."""
-    return next(iter(inputs.tensors.values())).dtype
-
-
-def _broadcast(inputs: Inputs, groups: int, states: int) -> Inputs:
-    """The inputs of one group and state for so many of both."""
-    wide = {k: t.expand(groups, states, *t.shape[2:]).contiguous() for k, t in inputs.tensors.items()}
-    return replace(inputs, **wide)  # type: ignore[type-var]
-
-
-def _clusters(structure: Structure, x: Tensor, states: int, seed: int) -> Tensor:
-    """The cluster of every image at every region, (r n)."""
-    count = min(FEATURES, structure.variables)
-    near = torch.tensor([structure.near(r, count) for r in range(structure.regions)])
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.stack([torch.randperm(len(x), generator=generator)[:states] for _ in range(structure.regions)])
-    out = []
-    for some, start in zip(near.split(REGIONS_AT_ONCE), first.split(REGIONS_AT_ONCE), strict=True):
-        features = x.T[some].transpose(1, 2)
-        centres = features.gather(1, start[..., None].expand(-1, -1, count))
-        for _ in range(ROUNDS):
-            hot = torch.nn.functional.one_hot(torch.cdist(features, centres).argmin(-1), states).to(features)
-            size = hot.sum(1)[..., None]
-            centres = torch.where(size > 0, hot.transpose(1, 2) @ features / size.clamp_min(1), centres)
-        out.append(torch.cdist(features, centres).argmin(-1))
-    return torch.cat(out)

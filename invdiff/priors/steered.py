@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from invdiff.circuits.codes import CodeCircuit
+from invdiff.circuits.codes import DRAWS, CodeCircuit
 from invdiff.circuits.evidence import of_noisy, of_pixels, product
 from invdiff.circuits.images import Cells, ImageCircuit
 from invdiff.circuits.inputs import Spot
@@ -151,6 +151,8 @@ class SteeredByCodes(_Steering):
         mask: where they are known: bool (s 1 h w).
         noise: keyed noise, such as ``invdiff.noise.KeyedNoise(seed)``.
         sigma_stop: noise level below which nothing is steered, prior units.
+        dtype: of the autoencoder's convolutions, such as bfloat16; that of the images if None.
+        draws: of codes, that are decoded.
 
     Raises:
         ValueError: as ``Steered``.
@@ -164,8 +166,11 @@ class SteeredByCodes(_Steering):
         mask: Tensor,
         noise: Noise,
         sigma_stop: float = SIGMA_STOP,
+        dtype: torch.dtype | None = None,
+        draws: int = DRAWS,
     ) -> None:
         super().__init__(prior, circuit, known, mask, sigma_stop)
+        self.dtype, self.draws = dtype, draws
         self.circuit = circuit.to(known)
         self.noise = noise
         self.covered = circuit.info.put(circuit.info.cut(torch.ones_like(known), 0.0), *known.shape[2:]).bool()
@@ -173,8 +178,8 @@ class SteeredByCodes(_Steering):
     def change(self, x: Tensor, sigma: Tensor, plain: Tensor) -> Tensor:
         """The pixels' way to the geometric mean, of those that whole patches cover."""
         with torch.no_grad():
-            evidence = self.circuit.evidence(torch.where(self.mask, self.known, plain), self.mask)
-            said = self.circuit.posterior(evidence, self.noise)
+            evidence = self.circuit.evidence(torch.where(self.mask, self.known, plain), self.mask, self.dtype)
+            said = self.circuit.posterior(evidence, self.noise, self.draws, self.dtype)
             mu, s2 = (self.circuit.info.put(v, *x.shape[2:]) for v in said)
         there = theirs_share(sigma, self.deviation, torch.where(self.covered, s2, math.inf))
         return there * (mu - plain)
