@@ -172,7 +172,7 @@ def run(job: Inpainting, resume: bool, progress: Progress) -> dict[str, Any]:
     known = volume.data[some] / one
     circuit = circuit_of(job.steer, job.prior, info)
     cells = None if circuit is None else circuit.info
-    example = cells and example_of(job.steer, cells, info, volume, some, own_scale(info.unit))
+    example = None if cells is None else example_of(job.steer, cells, info, volume, some, own_scale(info.unit))
     prior, y, operator = _problem_parts(job, plain, circuit, known, hole[some], example)
     prepared = prepare(y, operator, prior, 0.0, KeyedNoise(job.run.seed))
     key = fingerprint(repr(job.sampler), y, hole[some], weights, job.run.seed, job.steer.key(circuit))

@@ -223,7 +223,7 @@ def test_two_examples_two_fillings(prior: str, tmp_path: Path, here: Any) -> Non
         ("dark", "other", (), "is empty in the slices that are steered"),
         ("dark", "", (), "one of steer.like and steer.like_region alone says nothing"),
         ("dark", "part", ("steer.like_strength=-1.0",), "steer.like_strength is -1.0; 0 .none. to inf"),
-        ("dark", "part", ("--steer", "none"), "an example for a circuit; steer.kind circuit"),
+        ("dark", "part", ("--steer", "none"), "an example for a circuit over cells; steer.kind circuit"),
         ("empty", "part", (), "the volume is in a.u., the prior in HU"),
     ],
 )

@@ -252,9 +252,10 @@ def test_an_interrupted_steered_run_goes_on_bit_equal(prior: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--steer", "magic"), "steer is 'magic'; none or circuit"),
+        (("--steer", "magic"), "steer is 'magic'; one of none, circuit, codes"),
         (("--steer", "circuit", "--circuit", "nowhere"), "no circuit 'nowhere'"),
         (("--steer", "circuit", "steer.sigma_stop=30"), "starts at sigma 20 and steering ends at 30"),
+        (("--steer", "codes", "--circuit", "ct-codes"), "circuit 'ct-codes' is of|a scan says nothing of codes"),
         (("--steer", "circuit", "--sampler", "tv"), "'tv' has no prior to steer"),
         (("--steer", "circuit", "--prior", "none"), "no prior to steer"),
         (("--steer", "circuit", "--circuit", "SMALL"), "the images are 14 x 18, the grid of circuit"),
