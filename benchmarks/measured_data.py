@@ -7,6 +7,7 @@ are seen by cameras, and described for 16.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invdiff.datasets import Measurements, read_volume
+from invdiff.datasets import Measurements, read_volume, write_measurements
+from invdiff.files import whole_file
 from invdiff.noise import KeyedNoise
 from invdiff.operators import CartesianMRI, ParallelBeam, TransmissionPoisson, VolumeRenderer
 from invdiff.operators.mri.masks import random_mask
@@ -34,6 +36,8 @@ MR_SCANS = 800
 AIR_HU = -1000.0
 SCENE, SCENE_FINE, CAMERAS, PICTURE = 16, 32, 6, 16
 SCENE_SIGMA = 0.02
+SCENES = 3000
+SEEDS = {"ct": 1_000_000, "mr": 2_000_000, "scenes": 3_000_000}  # of what is trained on; ``measured.py`` has others
 
 
 class Slices(NamedTuple):
@@ -79,7 +83,7 @@ def judged_ct(folder: Path, each: int = 8) -> Slices:
 
 
 def judged_mr(folder: Path, each: int = 6) -> Slices:
-    """``each`` axial slices of every NIfTI volume below ``folder``, in units of its 99.9 % quantile, fitted to 64 x 64."""
+    """``each`` axial slices of every NIfTI volume below ``folder``, its 99.9 % quantile at 1, fitted to 64 x 64."""
     images = []
     for path in sorted(folder.rglob("*.nii.gz")):
         volume = read_volume(path)
@@ -146,9 +150,9 @@ PILLAR = torch.tensor([0.35, 0.35, 0.4])
 
 
 def scenes(count: int, seed: int, size: int = SCENE_FINE) -> tuple[Tensor, Tensor]:
-    """Density (n d h w) per half edge and colour (n 3 d h w): a grey pillar and two balls of different colours beside it.
+    """Density (n d h w) per half edge and colour (n 3 d h w): a grey pillar and two balls beside it.
 
-    The balls stand at random turns about the pillar, which often hides one of them.
+    The balls, of different colours, stand at random turns about the pillar, which often hides one of them.
     """
     random = torch.Generator().manual_seed(seed)
     axis = (2 * torch.arange(size) + 1 - size) / size
@@ -173,11 +177,48 @@ def scene_scans(count: int, seed: int, cameras: int = CAMERAS) -> Iterator[Measu
     """Pictures of each scene from cameras at random turns, with white noise."""
     random = np.random.default_rng(seed)
     picture = {"size": (PICTURE, PICTURE), "field": 1.2}
-    density, colour = scenes(count, seed)
     for k in range(count):
+        density, colour = scenes(1, seed + k)
         turns = torch.from_numpy(2 * np.pi * random.random((1, cameras)))
         fine = VolumeRenderer((1, 4 * SCENE_FINE, SCENE_FINE, SCENE_FINE), turns, samples=64, **picture)
         model = VolumeRenderer((1, 4 * SCENE, SCENE, SCENE), turns, **picture)
-        y = fine(fine.image_of(density[k : k + 1], colour[k : k + 1]))
+        y = fine(fine.image_of(density, colour))
         y = y + SCENE_SIGMA * KeyedNoise(seed + k)(0, y)
         yield Measurements(y, model.kind, model.fields(), np.eye(4), "a.u.", SCENE_SIGMA, None, None, True)
+
+
+def write_all(data: Path, out: Path) -> None:
+    """``NAME.h5``, measurements alone, and ``NAME-images.h5``, the images (n c h w) that they hide: CT, MR, scenes.
+
+    What stands already is left as it is.
+    """
+    import h5py
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, pattern, most in (("ct", "ct_*.h5", None), ("mr", "mr_*.h5", MR_SCANS)):
+        slices = train_slices(data / "train", pattern, most)
+        images = slices.truth if name == "ct" else mr_images(slices, SEEDS[name])
+        if not (out / f"{name}-images.h5").exists():
+            with whole_file(out / f"{name}-images.h5") as part, h5py.File(part, "w") as f:
+                f["images"] = images.numpy()
+        if not (out / f"{name}.h5").exists():
+            seed = SEEDS[name]
+            scans = ct_scans(slices, drawn_views(len(images), seed), seed) if name == "ct" else mr_scans(slices, seed)
+            write_measurements(out / f"{name}.h5", list(scans))
+            print(out / f"{name}.h5", len(images), "scans", flush=True)
+    if not (out / "scenes.h5").exists():
+        write_measurements(out / "scenes.h5", list(scene_scans(SCENES, SEEDS["scenes"])))
+
+
+def main() -> None:
+    """Simulate from the slices of ``--data`` into ``--out``."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
+    words.add_argument("--out", type=Path, required=True, help="folder of the measurements")
+    args = words.parse_args()
+    torch.set_num_threads(1)
+    write_all(args.data, args.out)
+
+
+if __name__ == "__main__":
+    main()
