@@ -80,7 +80,6 @@ class VolumeRenderer(NonlinearOperatorBase):
         self.colours, self.background = colours, float(background)
         self.depth = shape[1] // (1 + colours)
         self._step = 2 * REACH / samples
-        self._points = self._along_rays().to(kind)
 
     @property
     def views(self) -> tuple[int, ...]:
@@ -115,34 +114,38 @@ class VolumeRenderer(NonlinearOperatorBase):
         tints = torch.logit(colour, 1e-3) / COLOUR_SHARPNESS
         return torch.cat([planes[:, None], tints], 1).flatten(1, 2).clamp(-1, 1).to(self.domain.dtype)
 
-    def lift(self, y: Tensor) -> Tensor:
-        """Pictures smeared along their rays: for every voxel the mean over the cameras of the colour that hides or
-        shows it, and of its distance from the camera less that of the middle.
+    def lift(self, y: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+        """Pictures smeared along their rays: for every voxel the mean over the cameras of the colour where it would be
+        seen, and of its distance from the camera less that of the middle.
 
-        Linear in y; no inverse, for there is none: features for a network.
+        Linear in y but for the distances; no inverse, for there is none: features for a network.
 
         Args:
             y: an element of ``range``.
+            chosen: of ``views``, the cameras to take; all if None.
 
         Returns:
             (s (colours + 1) depth h w): planes of each colour, then those of the distance; 0 where no camera looks.
+
+        Raises:
+            ValueError: y is no element of ``range``.
         """
         if tuple(y.shape) != self.range.shape or y.dtype != self.range.dtype:
             raise ValueError(f"the measurement is {tuple(y.shape)} {y.dtype}; {self.range} is wanted")
+        index = list(self.views if chosen is None else chosen)
+        y, (where, far) = y[:, index], (v[:, index].to(y) for v in self._seen())
         s, v = y.shape[:2]
-        where, far = self._seen(y.device, y.dtype)
-        inside = (where.abs() <= 1).all(-1).to(y.dtype)
+        inside = (where.abs() <= 1).all(-1).to(y.dtype).expand(s, *where.shape[1:-1])[:, :, None]
         grid = where.expand(s, *where.shape[1:]).flatten(0, 1).flatten(1, 2)
         colour = F.grid_sample(y.flatten(0, 1), grid, align_corners=False, padding_mode="border")
-        features = torch.cat(
-            [colour.view(s, v, self.colours, *inside.shape[2:]), far.expand(s, *far.shape[1:])[:, :, None]], 2
-        )
-        seen = inside.expand(s, *inside.shape[1:])[:, :, None]
-        return ((features * seen).sum(1) / seen.sum(1).clamp_min(1)).flatten(1, 2)
+        colour = colour.view(s, v, self.colours, *inside.shape[3:])
+        features = torch.cat([colour, far.expand(s, *far.shape[1:])[:, :, None]], 2)
+        return ((features * inside).sum(1) / inside.sum(1).clamp_min(1)).flatten(1, 2)
 
     def _forward(self, x: Tensor) -> Tensor:
         density, colour = self.density_and_colour(x)
-        points = self._points.to(x.device).expand(len(x), *self._points.shape[1:])
+        points = self._along_rays().to(x)
+        points = points.expand(len(x), *points.shape[1:])
         at = F.grid_sample(torch.cat([density, density * colour], 1), points, align_corners=False)
         sigma, glow = at[:, :1], at[:, 1:]
         depth = self._step * sigma.cumsum(-1)
@@ -169,13 +172,11 @@ class VolumeRenderer(NonlinearOperatorBase):
         along = self.distance - REACH + self._step * (torch.arange(self.samples).double() + 0.5)
         return rays[..., None, :] * along[:, None] - self.distance * frame[:, :, 2][:, :, None, None]
 
-    def _seen(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Where in its picture each voxel is (s|1 v depth h w 2), and how far (s|1 v depth h w)."""
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """Where in its picture each voxel is (s|1 v depth h w 2), and how far (s|1 v depth h w), float64."""
         axes = [(2 * torch.arange(n).double() + 1 - n) / n for n in (self.depth, *self.domain.shape[2:])]
         d, h, w = torch.meshgrid(*axes, indexing="ij")
         local = torch.einsum("dhwx,svkx->svdhwk", torch.stack([w, h, d], -1), self._frame())
-        far = local[..., 2] + self.distance
-        reach = torch.tensor([n / max(self.size) for n in (self.size[1], self.size[0])]).double() * self.field
-        return (local[..., :2] * self.distance / far[..., None] / reach).to(device, dtype), local[..., 2].to(
-            device, dtype
-        )
+        rows, columns = self.size
+        reach = self.field / max(self.size) * torch.tensor([columns, rows]).double()
+        return local[..., :2] * self.distance / (local[..., 2:] + self.distance) / reach, local[..., 2]
