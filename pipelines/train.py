@@ -25,7 +25,7 @@ from invdiff.pipelines.training_report import dreams, plot
 from invdiff.priors.launch import Launcher, launched
 from invdiff.priors.model import NetworkPrior, PriorInfo, save
 from invdiff.priors.slices import Slices, check_enough, checked, digest, split
-from invdiff.priors.training import SIGMAS, TrainingState, pack, start, train, unpack, validate
+from invdiff.priors.training import SIGMAS, Denoising, TrainingState, pack, start, train, unpack, validate
 
 STATE_FILE = "state.pt"
 LOG_FILE = "log.csv"
@@ -152,7 +152,8 @@ class Job:
     def run(self, state: TrainingState, course: Course, way: Way) -> None:
         """Every step, with a checkpoint and a look at the validation at multiples of ``every`` images."""
         config = self.plan.config
-        steps = train(state, self.slices, config, self.info, self.launcher, self.dtype, way.workers, way.compiled)
+        task = Denoising(self.slices, config, self.info)
+        steps = train(state, task, config, self.launcher, self.dtype, way.workers, way.compiled)
         began, before = time.monotonic(), state.seen
         with self._progress(state.seen) as bar, _interrupts() as caught:
             while not self._done(state, course):

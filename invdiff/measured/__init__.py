@@ -1,0 +1,29 @@
+"""Learning from measurements alone: examples, their splits and lifts, and methods that no image is ever shown to."""
+
+from invdiff.measured.examples import CONTEXT, HELD, TARGET, Example, Splitting, example_of
+from invdiff.measured.forward import ForwardModelMethod, ForwardModelTask
+from invdiff.measured.method import MeasuredLearning, Method
+from invdiff.measured.model import Inputs, MeasuredInfo, inputs_of, signal
+from invdiff.measured.response import Lift, Response, lift, nothing, response_of
+
+__all__ = [
+    "CONTEXT",
+    "HELD",
+    "TARGET",
+    "Example",
+    "ForwardModelMethod",
+    "ForwardModelTask",
+    "Inputs",
+    "Lift",
+    "MeasuredInfo",
+    "MeasuredLearning",
+    "Method",
+    "Response",
+    "Splitting",
+    "example_of",
+    "inputs_of",
+    "lift",
+    "nothing",
+    "response_of",
+    "signal",
+]

@@ -1,0 +1,95 @@
+"""What learning from measurements alone needs, checked where it can be: each failure is one sentence.
+
+Together the operators must see every direction of the image space, or nothing says what stands in it; grids must be the
+same, noise comparable and below the smallest noise level; a scan needs views to split (see ``Example``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from invdiff.linalg import cg
+from invdiff.measured.examples import Example
+from invdiff.noise import KeyedNoise
+from invdiff.priors.model import PriorInfo
+
+LOOKED_AT = 48  # examples whose operators are probed, about
+STEP = -4  # of the keyed noise that probes them
+ITERATIONS = 24  # of CG: directions that the scans see 1/100 as well as the best are found in about so many
+NOISE_RATIO = 4.0  # between the largest and the smallest noise of a collection, prior units with ||A|| = 1
+
+
+def check_grids(examples: Sequence[Example]) -> None:
+    """Refuse examples whose images differ in shape, or none.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if not examples:
+        raise ValueError("there are no scans to train on; at least one is wanted")
+    first = examples[0]
+    for other in examples:
+        ours, theirs = (tuple(e.operator.domain.shape[1:]) for e in (first, other))
+        if ours != theirs:
+            raise ValueError(
+                f"{first.source} is for images of {ours} and {other.source} of {theirs} (c h w); one grid is wanted"
+            )
+
+
+def check_noise(examples: Sequence[Example], info: PriorInfo) -> None:
+    """Refuse noise above the smallest noise level, or of another size in one scan than in another.
+
+    Raises:
+        ValueError: with the noise that came.
+    """
+    low, high = (pick(examples, key=lambda e: e.sigma) for pick in (min, max))
+    if high.sigma > NOISE_RATIO * low.sigma:
+        raise ValueError(
+            f"the noise of {high.source} is {high.sigma:.3g} and that of {low.source} {low.sigma:.3g} in prior units: "
+            "scans whitened alike are wanted"
+        )
+    if high.sigma > info.sigma_min:
+        raise ValueError(
+            f"the noise of {high.source} is {high.sigma:.3g} in prior units and prior.sigma_min {info.sigma_min:.3g}; "
+            "no smaller noise level than the scans' own is wanted"
+        )
+
+
+def check_coverage(examples: Sequence[Example], allowed: float) -> list[str]:
+    """Refuse linear operators that together leave more of the image space unseen than ``allowed``; notes on the others.
+
+    Raises:
+        ValueError: with the share that is unseen.
+    """
+    linear = [e for e in examples if hasattr(e.operator, "normal")]
+    if not linear:
+        return ["the operator is not linear: whether the scans together see the whole image was not checked"]
+    share = unseen(linear)
+    if share > allowed:
+        raise ValueError(
+            f"{100 * share:.3g} % of the image space are seen by no scan, so that nothing teaches them (measured.unseen "
+            f"allows {100 * allowed:.3g} %); views or lines that differ between scans and together cover it are wanted"
+        )
+    return []
+
+
+def unseen(examples: Sequence[Example]) -> float:
+    """Share of the image space that the operators together do not see, or hardly.
+
+    What of a white image is missing in its least-squares reconstruction from noiseless measurements of up to
+    ``LOOKED_AT`` of the operators, by CG.
+    """
+    index = np.unique(np.linspace(0, len(examples) - 1, LOOKED_AT).round().astype(int))
+    operators = [examples[int(k)].operator for k in index]
+    like = torch.empty(operators[0].domain.shape, dtype=operators[0].domain.dtype, device=examples[0].y.device)
+    x = KeyedNoise()(STEP, like)
+
+    def normal(v: Tensor) -> Tensor:
+        return torch.stack([operator.normal(v) for operator in operators]).mean(0)
+
+    found = cg(normal, normal(x), iterations=ITERATIONS)
+    return float((x - found).square().sum() / x.square().sum())

@@ -1,0 +1,136 @@
+"""How measurements see an image, and lifts: images made of measurements by one adjoint and one filter.
+
+A lift is the best circulant filter of b = A^H y for white images x ~ N(0, d^2 I): in the Fourier domain
+h = d^2 c / (d^2 r + s^2 c), with c the diagonal of A^H A there, r the squared norm of its rows (what aliases into a
+frequency) and s the noise of y. It is linear in y, costs one adjoint, is filtered backprojection with a noise-dependent
+window for CT, and for a unitary A exactly EDM's c_skip x. Of white images it recovers the share h c of a frequency's
+variance: this is what coverage maps, the fusion of two lifts and the preconditioning of the network are made of.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from invdiff.noise import KeyedNoise
+
+STEP = -3  # of the keyed noise that probes an operator
+BOX = 5  # pixels over whose square estimates are averaged: probes are few
+RINGS = ((0.0, 1), (2.5, 3), (6.0, 5))  # cycles an image from which on, and frequencies over whose square, likewise
+MOST = 1 - 1e-4  # of a frequency's variance that a lift is believed to recover: images are not white
+
+
+class Response(NamedTuple):
+    """What A^H A does to white images.
+
+    transfer: the diagonal of A^H A in the Fourier domain (s c h w); power: squared norms of its rows there (s c h w);
+    where: its diagonal over pixels, mean 1 (s 1 h w).
+    """
+
+    transfer: Tensor
+    power: Tensor
+    where: Tensor
+
+    def share(self, part: float) -> Response:
+        """Of a part of the views, chosen at random: the diagonal is theirs, what they alias adds as if unrelated."""
+        square = self.transfer.square()
+        return Response(part * self.transfer, part**2 * square + part * (self.power - square), self.where)
+
+    def to(self, device: torch.device | str) -> Response:
+        """The same on ``device``."""
+        return Response(*(t.to(device) for t in self))
+
+
+class Lift(NamedTuple):
+    """image: (s c h w), prior units about 0; coverage: of each pixel in [0, 1] or so (s 1 h w).
+
+    kept: share of a white image's variance that the lift recovers, of each frequency (s c h w), in [0, 1).
+    """
+
+    image: Tensor
+    coverage: Tensor
+    kept: Tensor
+
+    @property
+    def recovered(self) -> Tensor:
+        """``kept`` of the whole image, (s 1 1 1)."""
+        return self.kept.mean((1, 2, 3), keepdim=True)
+
+
+def response_of(operator: Any, probes: int = 6) -> Response:
+    """The response of a linear operator, estimated with white images, the same at every call.
+
+    Args:
+        operator: linear, in prior units with norm about 1, on real images (s c h w).
+        probes: products with A^H A.
+    """
+    like = torch.empty(operator.domain.shape, dtype=operator.domain.dtype, device=getattr(operator, "device", "cpu"))
+    cross, power, energy, where, square = (torch.zeros((), device=like.device) for _ in range(5))
+    for draw in range(probes):
+        x = KeyedNoise()(STEP, like, draw)
+        b = operator.normal(x)
+        X, B = torch.fft.fft2(x), torch.fft.fft2(b)
+        cross, power, energy = cross + (X.conj() * B).real, power + B.abs().square(), energy + X.abs().square()
+        where, square = where + (x * b).sum(1, keepdim=True), square + x.square().sum(1, keepdim=True)
+    energy = _by_ring(energy)
+    transfer = (_by_ring(cross) / energy).clamp_min(0)
+    place = (_smooth(where, BOX) / _smooth(square, BOX)).clamp_min(0)
+    mean = place.mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(place.dtype).tiny)
+    return Response(transfer, torch.maximum(_by_ring(power) / energy, transfer.square()), place / mean)
+
+
+def _by_ring(v: Tensor) -> Tensor:
+    """Means over boxes that grow with the frequency: near 0 the response of projections changes fast. (s c h w)."""
+    h, w = v.shape[-2:]
+    f = torch.hypot(*(n * torch.fft.fftfreq(n, device=v.device).view(s) for n, s in ((h, (-1, 1)), (w, (1, -1)))))
+    out = v
+    for start, box in RINGS[1:]:
+        out = torch.where(f >= start, _smooth(v, box), out)
+    return out
+
+
+def _smooth(v: Tensor, box: int) -> Tensor:
+    """Mean over a box, periodic: (s c h w)."""
+    half = [min(box, n - (n + 1) % 2) // 2 for n in v.shape[-2:]]
+    wide = F.pad(v, (half[1], half[1], half[0], half[0]), mode="circular")
+    return F.avg_pool2d(wide, (2 * half[0] + 1, 2 * half[1] + 1), 1)
+
+
+def lift(b: Tensor, response: Response, noise: Tensor, deviation: float) -> Lift:
+    """The lift of b = A^H y.
+
+    Args:
+        b: (s c h w).
+        response: of A.
+        noise: standard deviation s of a real component of y, (s).
+        deviation: d, of images in prior units.
+    """
+    c, power = response.transfer, deviation**2
+    loss = power * response.power + noise.to(c)[:, None, None, None].square() * c
+    filter_ = torch.where(c > 0, power * c / loss.clamp_min(torch.finfo(c.dtype).tiny), 0.0)
+    kept = (filter_ * c).clamp(0, MOST)
+    image = torch.fft.ifft2(filter_ * torch.fft.fft2(b)).real
+    return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
+
+
+def nothing(like: Tensor) -> Lift:
+    """The lift of no measurements: of the shape of ``like`` (s c h w)."""
+    zero = torch.zeros_like(like)
+    return Lift(zero, zero[:, :1], zero)
+
+
+def fused(one: Lift, other: Lift) -> tuple[Tensor, Tensor]:
+    """The best estimate of white images from two lifts with unrelated errors, and its error.
+
+    Returns:
+        Image (s c h w), and the share of the variance that it leaves unknown (s 1 1 1).
+    """
+    a, b = 1 - one.kept, 1 - other.kept
+    left = 1 / (1 / a + 1 / b - 1)
+    if not bool((one.kept > 0).any()):
+        return other.image, b.mean((1, 2, 3), keepdim=True)
+    image = torch.fft.ifft2(left * (torch.fft.fft2(one.image) / a + torch.fft.fft2(other.image) / b)).real
+    return image, left.mean((1, 2, 3), keepdim=True)
