@@ -19,7 +19,13 @@ from invdiff.protocols import Prior
 from invdiff.reconstruction import Result, reconstruct
 from invdiff.units import MU_WATER
 
-SLICED = {"mask": 3, "maps": 4, "trajectory": 3, "phase": 3, "azimuth": 2}  # axes of a field whose first one is the slice
+SLICED = {
+    "mask": 3,
+    "maps": 4,
+    "trajectory": 3,
+    "phase": 3,
+    "azimuth": 2,
+}  # axes of a field whose first one is the slice
 
 
 def scan_of(path: Path, index: int = 0, raw: RawConfig | None = None) -> Measurements:

@@ -31,6 +31,7 @@ class Example:
         response: of A; None where ``lift`` does not need it.
         density: mean squared norm of a row of A.
         source: for messages.
+        truth: the image (1 c h w) in prior units, for methods that are shown it; None where it is not known.
     """
 
     operator: Any
@@ -41,6 +42,7 @@ class Example:
     response: Response | None = None
     density: float = 1.0
     source: str = "the scan"
+    truth: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.views < FEWEST_VIEWS:
@@ -80,7 +82,10 @@ class Example:
         """The same example with its tensors on ``device``."""
         response = None if self.response is None else self.response.to(device)
         operator = self.operator.to(device) if hasattr(self.operator, "to") else self.operator
-        return replace(self, operator=operator, y=self.y.to(device), view=self.view.to(device), response=response)
+        truth = None if self.truth is None else self.truth.to(device)
+        return replace(
+            self, operator=operator, y=self.y.to(device), view=self.view.to(device), response=response, truth=truth
+        )
 
 
 def example_of(operator: Any, y: Tensor, sigma: float, source: str = "the scan", probes: int = 6) -> Example:
