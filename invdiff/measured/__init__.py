@@ -3,7 +3,7 @@
 from invdiff.measured.examples import CONTEXT, HELD, TARGET, Example, Splitting, example_of
 from invdiff.measured.forward import ForwardModelMethod, ForwardModelTask
 from invdiff.measured.method import MeasuredLearning, Method
-from invdiff.measured.model import Inputs, MeasuredInfo, inputs_of, signal
+from invdiff.measured.model import ForwardModel, Inputs, MeasuredInfo, inputs_of, signal
 from invdiff.measured.response import Lift, Response, lift, nothing, response_of
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "HELD",
     "TARGET",
     "Example",
+    "ForwardModel",
     "ForwardModelMethod",
     "ForwardModelTask",
     "Inputs",

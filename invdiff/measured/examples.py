@@ -53,7 +53,7 @@ class Example:
         table = torch.cat([chosen.to(self.view.device) != 0, torch.zeros(1, dtype=torch.bool, device=self.view.device)])
         return table[self.view.long()].to(self.y.real.dtype)
 
-    def lift(self, y: Tensor, chosen: Tensor, noise: float, deviation: float) -> Lift:
+    def lift(self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1) -> Lift:
         """The lift of the views that ``chosen`` (views) marks; of none it is 0.
 
         Args:
@@ -61,15 +61,18 @@ class Example:
             chosen: marks views.
             noise: standard deviation of a real component of y.
             deviation: of images in prior units.
+            steps: see ``invdiff.measured.response.lift``.
         """
         count = int((chosen != 0).sum())
         if count == 0:
             return nothing(torch.empty(self.operator.domain.shape, device=self.y.device))
         if self.response is None:
             raise ValueError(f"{self.source} has an operator without a response; a linear one is wanted")
-        b = self.operator.adjoint(self.mask(chosen) * y)
+        operator, mask = self.operator, self.mask(chosen)
+        b = operator.adjoint(mask * y)
         level = torch.full((len(b),), noise, device=b.device)
-        return lift(b, self.response.share(count / self.views), level, deviation)
+        share = self.response.share(count / self.views)
+        return lift(b, share, level, deviation, lambda x: operator.adjoint(mask * operator.forward(x)), steps)
 
     def misfit(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """||A x - y||^2 over the views that ``chosen`` marks, by the number of real measurements: ()."""

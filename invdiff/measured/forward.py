@@ -30,11 +30,11 @@ WHICH, ROLES = 2, 3  # further keys of the draws of a step: the example, its spl
 class MeasuredPart(NamedTuple):
     """What one process needs of a step: of each item the example's number, its split and its noise.
 
-    index: (s); roles: CONTEXT, TARGET or HELD of each view, each (views); sigma: noise of the target (s); noise: of
+    which: (s); roles: CONTEXT, TARGET or HELD of each view, each (views); sigma: noise of the target (s); noise: of
     y's shape, of variance 1 a real component; weight: of each in the step's loss (s).
     """
 
-    index: list[int]
+    which: list[int]
     roles: list[Tensor]
     sigma: Tensor
     noise: list[Tensor]
@@ -51,6 +51,7 @@ class ForwardModelMethod(Splitting, Method):
             (1 - k) A_T x + k y_T^s with k = sigma_y^2 / s^2, whose optimum is the same (Moran et al., Noisier2Noise,
             2020). It teaches what the held-out views of a scan never see beside its context and target.
         context_weight: of the context's, for noiseless scans only.
+        lift_steps: iterations of a lift, see ``invdiff.measured.response.lift``.
         unseen: largest share of the image space that no scan sees, such as corners outside the field of view.
     """
 
@@ -59,13 +60,17 @@ class ForwardModelMethod(Splitting, Method):
     held_weight: float = 1.0
     target_weight: float = 0.0
     context_weight: float = 0.0
-    unseen: float = 0.1
+    lift_steps: int = 2
+    unseen: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = (self.held_weight, self.target_weight, self.context_weight)
         if min(weights) < 0 or sum(weights) == 0:
             raise ValueError(f"held_weight, target_weight, context_weight are {weights}; 0 or more and one above 0")
+
+        if self.lift_steps < 1:
+            raise ValueError(f"lift_steps is {self.lift_steps}; at least 1 is wanted")
 
     def extra(self, channels: int) -> int:
         """A second lift and two coverage maps."""
@@ -111,9 +116,13 @@ class ForwardModelMethod(Splitting, Method):
     def exported(self, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
         """The description with the scans' noise and views."""
         sigmas = [example.sigma for example in examples]
-        views = max(example.views for example in examples)
         return MeasuredInfo(
-            **asdict(info), method=self.name, sigma_y=(min(sigmas), max(sigmas)), views=views, dropped=self.dropped
+            **asdict(info),
+            method=self.name,
+            sigma_y=(min(sigmas), max(sigmas)),
+            views=max(example.views for example in examples),
+            dropped=self.dropped,
+            lift_steps=self.lift_steps,
         )
 
 
@@ -140,8 +149,8 @@ class ForwardModelTask:
         for k in items:
             rng = np.random.default_rng((self.learning.seed, step, k, WHICH))
             parts.append(self.item(int(rng.integers(len(self.examples))), step, k))
-        index, roles, noise = ([getattr(p, name)[0] for p in parts] for name in ("index", "roles", "noise"))
-        return MeasuredPart(index, roles, torch.cat([p.sigma for p in parts]), noise, weight)
+        which, roles, noise = ([getattr(p, name)[0] for p in parts] for name in ("which", "roles", "noise"))
+        return MeasuredPart(which, roles, torch.cat([p.sigma for p in parts]), noise, weight)
 
     def item(self, index: int, step: int, k: int, sigma: Tensor | None = None) -> MeasuredPart:
         """One item, its weight 1, keyed by (seed, step, k); at the noise level ``sigma`` () where it is given."""
@@ -163,7 +172,7 @@ class ForwardModelTask:
 
     def loss(self, network: nn.Module, part: MeasuredPart, autocast: torch.dtype | None) -> Tensor:
         """One process's share of the step's loss: the network on a batch of images, operators one by one."""
-        examples = [self.examples[k] for k in part.index]
+        examples = [self.examples[k] for k in part.which]
         with torch.no_grad():
             noisy = [noisy_target(*each) for each in zip(examples, part.noise, part.sigma.tolist(), strict=True)]
             inputs = self.inputs(examples, part, noisy)
@@ -177,12 +186,12 @@ class ForwardModelTask:
 
     def inputs(self, examples: Sequence[Example], part: MeasuredPart, noisy: Sequence[Tensor]) -> Inputs:
         """The network's inputs for every item."""
-        context, target = [], []
+        context, target, steps, deviation = [], [], self.method.lift_steps, self.info.sigma_data
         for example, roles, y, sigma in zip(examples, part.roles, noisy, part.sigma.tolist(), strict=True):
-            context.append(example.lift(example.y, roles == CONTEXT, example.sigma, self.info.sigma_data))
-            target.append(example.lift(y, roles == TARGET, sigma, self.info.sigma_data))
+            context.append(example.lift(example.y, roles == CONTEXT, example.sigma, deviation, steps))
+            target.append(example.lift(y, roles == TARGET, sigma, deviation, steps))
         lifts = [Lift(*(torch.cat(field) for field in zip(*some, strict=True))) for some in (context, target)]
-        return inputs_of(lifts[0], lifts[1], self.info.sigma_data)
+        return inputs_of(lifts[0], lifts[1], deviation)
 
     def misfit(self, example: Example, x: Tensor, noisy: Tensor, roles: Tensor, sigma: float, spread: Tensor) -> Tensor:
         """The weighted misfit of one image (1 c h w), over what its expectation is about: ()."""

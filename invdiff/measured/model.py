@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,22 @@ class MeasuredInfo(PriorInfo):
         sigma_y: least and greatest noise of the scans that it was trained on, prior units with ||A|| = 1.
         views: most views of one of them.
         dropped: share of the training without a context.
+        lift_steps: iterations of the lifts.
     """
 
     method: str = "forward-model"
     sigma_y: tuple[float, float] = (0.0, 0.0)
     views: int = 0
     dropped: float = 0.0
+    lift_steps: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "sigma_y", tuple(self.sigma_y))
+
+    def inputs(self, channels: int) -> int:
+        """Channels of what the network is called with: ``Inputs.stacked``."""
+        return stacked_channels(channels)
 
 
 class Inputs(NamedTuple):
@@ -97,3 +104,69 @@ def signal(network: nn.Module, inputs: Inputs, sigma: Tensor) -> Tensor:
     """
     raw: Tensor = network(inputs.seen, sigma.to(inputs.seen).log() / 4)
     return inputs.skip + inputs.spread * raw.to(inputs.skip.dtype)
+
+
+class ForwardModel(NetworkPrior):
+    """A model that was trained on measurements: takes ``Inputs.stacked`` in the place of a noisy image.
+
+    It is no prior of images: it gives E[x | y_C, y_T^s] from lifts of measurements, and refuses anything else. That it
+    is called as one lets the wrappers of priors (chunks, devices, scales) serve it too.
+    """
+
+    info: MeasuredInfo
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x (s 3c+3 h w): ``Inputs.stacked``; sigma () or (s): noise of the target. Gives the image (s c h w).
+
+        Raises:
+            ValueError: images in the place of the inputs, as of a sampler that wants a prior.
+        """
+        wanted = stacked_channels(self.channels)
+        if x.ndim != 4 or x.shape[1] != wanted:
+            raise ValueError(
+                f"the model {self.info.name!r} was trained on measurements and is no prior of images: it serves the "
+                f"sampler forward-model alone (it got {tuple(x.shape)}, ({x.shape[0]}, {wanted}, h, w) is wanted)"
+            )
+        inputs, level = unstacked(x, self.channels), sigma.to(x).expand(x.shape[0])
+        with torch.autocast(x.device.type, dtype=self.autocast or torch.float32, enabled=self.autocast is not None):
+            return signal(self.network, inputs, level)
+
+    def to(self, device: torch.device | str, autocast: torch.dtype | None = None) -> ForwardModel:
+        """The same model with its weights on ``device``, computing in ``autocast``."""
+        network = self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return ForwardModel(network, self.info, autocast, self.sha256)
+
+
+def read(folder: Path, description: Description | None) -> ForwardModel | None:
+    """A folder that a training on measurements exported with method ``forward-model``; None for another folder.
+
+    Raises:
+        ValueError: a description, which the folder has itself; or files that do not fit each other.
+    """
+    document = _document_of(folder)
+    if document.get("prior", {}).get("method") != MeasuredInfo.method:
+        return None
+    if description is not None:
+        raise ValueError(f"{folder} states its own unit and range; a description is for folders of others")
+    weights, where = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    sha256 = sha256_of([weights])
+    if sha256 != document.get("sha256"):
+        raise ValueError(
+            f"{weights} has sha256 {sha256[:12]}..., {CONFIG_FILE} names {document.get('sha256')!s:.12}..."
+        )
+    config = build(UNetConfig, document["network"], f"{where}: network")
+    network = UNet(config, extra_channels(config.image_channels))
+    load_weights(network, state_dict_of(weights), weights)
+    info = build(MeasuredInfo, document["prior"], f"{where}: prior")
+    return ForwardModel(network.eval().requires_grad_(False), info, None, sha256)
+
+
+def _document_of(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder with weights, {} where there is none that can be read."""
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        return {}
+    try:
+        document = json.loads((folder / CONFIG_FILE).read_text())
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) and isinstance(document.get("prior"), dict) else {}

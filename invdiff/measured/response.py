@@ -5,10 +5,12 @@ h = d^2 c / (d^2 r + s^2 c), with c the diagonal of A^H A there, r the squared n
 frequency) and s the noise of y. It is linear in y, costs one adjoint, is filtered backprojection with a noise-dependent
 window for CT, and for a unitary A exactly EDM's c_skip x. Of white images it recovers the share h c of a frequency's
 variance: this is what coverage maps, the fusion of two lifts and the preconditioning of the network are made of.
+A few steps of Richardson's iteration with this filter, linear in y too, make up for what of A is not circulant.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -99,21 +101,40 @@ def _smooth(v: Tensor, box: int) -> Tensor:
     return F.avg_pool2d(wide, (2 * half[0] + 1, 2 * half[1] + 1), 1)
 
 
-def lift(b: Tensor, response: Response, noise: Tensor, deviation: float) -> Lift:
-    """The lift of b = A^H y.
+def lift(
+    b: Tensor,
+    response: Response,
+    noise: Tensor,
+    deviation: float,
+    normal: Callable[[Tensor], Tensor] | None = None,
+    steps: int = 1,
+) -> Lift:
+    """The lift of b = A^H y: ``steps`` of x <- x + h (b - A^H A x - (s / d)^2 x) from 0, h the filter above.
+
+    Their fixed point is the best linear estimate of white images, which for a unitary A the first step gives.
 
     Args:
         b: (s c h w).
         response: of A.
         noise: standard deviation s of a real component of y, (s).
         deviation: d, of images in prior units.
+        normal: x -> A^H A x, for more than one step.
+        steps: each after the first costs one product with A^H A.
     """
-    c, power = response.transfer, deviation**2
-    loss = power * response.power + noise.to(c)[:, None, None, None].square() * c
-    filter_ = torch.where(c > 0, power * c / loss.clamp_min(torch.finfo(c.dtype).tiny), 0.0)
-    kept = (filter_ * c).clamp(0, MOST)
-    image = torch.fft.ifft2(filter_ * torch.fft.fft2(b)).real
+    c, power, square = response.transfer, deviation**2, noise.to(b)[:, None, None, None].square()
+    loss = power * response.power + square * c
+    h = torch.where(c > 0, power * c / loss.clamp_min(torch.finfo(c.dtype).tiny), 0.0)
+    image = _filtered(h, b)
+    for _ in range(steps - 1):
+        if normal is None:
+            raise ValueError(f"{steps} steps of a lift need A^H A; give it, or 1 step")
+        image = image + _filtered(h, b - normal(image) - square / power * image)
+    kept = (h * c).clamp(0, MOST)
     return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
+
+
+def _filtered(h: Tensor, b: Tensor) -> Tensor:
+    return torch.fft.ifft2(h * torch.fft.fft2(b)).real
 
 
 def nothing(like: Tensor) -> Lift:
