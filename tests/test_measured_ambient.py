@@ -1,0 +1,242 @@
+"""Ambient priors, one-step reconstruction and supervised twins: optima in a linear-Gaussian world, draws, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from invdiff.measured import CONTEXT, HELD, TARGET, Example, MeasuredLearning, example_of
+from invdiff.measured.ambient import AmbientMethod, AmbientPrior, corrupted, joined
+from invdiff.measured.forward import MeasuredPart
+from invdiff.measured.model import extra_channels
+from invdiff.measured.one_step import (
+    LEVEL,
+    OneStepMethod,
+    SupervisedForwardModelMethod,
+    SupervisedOneStepMethod,
+    one_step,
+)
+from invdiff.operators import LinearOperatorBase, Mask, VolumeRenderer
+from invdiff.priors.model import PriorInfo
+from invdiff.protocols import Space
+
+H, W = 3, 4
+N = H * W
+SCANS = 6000
+INFO = PriorInfo("toy", "a.u.", -1.0, 1.0, 0.02, 20.0, 0.5, (0.0, 0.0))
+LEARNING = MeasuredLearning(images=1, batch=1)
+
+
+class Rows(LinearOperatorBase):
+    """A matrix whose every row is a view."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.domain = Space((1, 1, H, W), torch.float32)
+        self.range = Space((1, len(matrix), 1), torch.float32)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) @ self.matrix.T)[..., None]
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return (y[..., 0] @ self.matrix).view(self.domain.shape)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        return tuple(range(len(self.matrix)))
+
+
+class Affine(nn.Module):
+    """F as an affine map of all that the network sees: its best weights are found by least squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = 1
+        self.linear = nn.Linear((1 + extra_channels(1)) * N, N)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.linear(x.flatten(1)).view(-1, 1, H, W)
+
+
+def world() -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the images, smooth."""
+    places = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")).flatten(1).T.float()
+    covariance = 0.25 * torch.exp(-torch.cdist(places, places).square() / 4) + 0.01 * torch.eye(N)
+    return torch.linspace(-0.3, 0.4, N), covariance
+
+
+def draws(count: int, *sizes: int) -> list[Tensor]:
+    """Numbers (count, size) whose mean is 0 and whose covariance, jointly, is the identity: not only on average.
+
+    A quadratic loss knows no more than these, so that its minimum over few draws is that over all of them.
+    """
+    g = torch.Generator().manual_seed(1)
+    raw = torch.randn(count, sum(sizes), generator=g, dtype=torch.float64)
+    q, _ = torch.linalg.qr(raw - raw.mean(0))
+    return [part.float() for part in (count**0.5 * q).split(list(sizes), 1)]
+
+
+def matrix(rows: int) -> Tensor:
+    m = torch.randn(rows, N, generator=torch.Generator().manual_seed(5))
+    return m / torch.linalg.matrix_norm(m, 2)
+
+
+def scans_of(operator: Any, white: Tensor, noise: Tensor, sigma: float) -> list[Example]:
+    """Scans of images of the world, made of white numbers (s N), with the noise (s m)."""
+    mean, covariance = world()
+    x = (mean + white @ torch.linalg.cholesky(covariance).T).view(-1, 1, 1, H, W)
+    first = example_of(operator, operator.forward(x[0]), sigma)
+    mask = first.mask(torch.ones(first.views))
+    return [
+        replace(first, y=operator.forward(v) + sigma * mask * n.view(first.y.shape), truth=v)
+        for v, n in zip(x, noise, strict=True)
+    ]
+
+
+def trained(task: Any, roles: Tensor, sigma: float, noise: list[Tensor]) -> Affine:
+    """The network at the minimum of the task's loss over all its examples, split alike: a quadratic, by LBFGS."""
+    count, network = len(task.examples), Affine()
+    part = MeasuredPart(
+        list(range(count)), [roles] * count, torch.full((count,), sigma), noise, torch.full((count,), 1 / count)
+    )
+    optimizer = torch.optim.LBFGS(
+        network.parameters(), max_iter=250, history_size=60, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss(network, part, None)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return network
+
+
+def posterior_mean(rows: Tensor, z: Tensor, noise: Tensor) -> Tensor:
+    """E[x | z] for z = rows x + noise of a covariance: z (s m) -> (s N)."""
+    mean, covariance = (v.double() for v in world())
+    rows = rows.double()
+    gain = covariance @ rows.T @ torch.linalg.inv(rows @ covariance @ rows.T + noise.double())
+    return mean + (z.double() - rows @ mean) @ gain.T
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    """Distance over the spread of what is wanted, of all images."""
+    found, wanted = found.flatten(1).double(), wanted.flatten(1)
+    return float((found - wanted).norm() / (wanted - wanted.mean(0)).norm())
+
+
+SIGMA_Y, SIGMA, COUNT = 0.05, 0.4, 120
+
+
+@pytest.mark.parametrize("kind", ["dense", "mask"])
+def test_the_ambient_optimum_is_the_denoiser_of_what_the_operator_sees(kind: str) -> None:
+    """E[x_0 | A_S (x_0 + sigma n) + n_y], in closed form; a mask also needs the corrected loss on what is shown."""
+    operator: Any = Rows(matrix(30)) if kind == "dense" else Mask(torch.ones(H, W))
+    rows = operator.matrix if kind == "dense" else torch.eye(N)
+    shown = 9
+    m = len(rows)
+    white, n_y, n = draws(COUNT, N, m, N)
+    method = AmbientMethod(seen_weight=0.0 if kind == "dense" else 1.0)
+    examples = scans_of(operator, white, n_y, SIGMA_Y) if kind == "dense" else masked(white, n_y)
+    roles = torch.full((m,), HELD)
+    roles[:shown] = TARGET
+    if kind == "dense":
+        method.check(examples, INFO)
+    task = method.task(examples, LEARNING, INFO)
+    noise = [v.view(1, 1, H, W) for v in n]
+    network = trained(task, roles, SIGMA, noise)
+    chosen = roles == TARGET
+    noisy = [e.y + SIGMA * e.operator.forward(v) for e, v in zip(examples, noise, strict=True)]
+    inputs = joined([corrupted(e, y, chosen, SIGMA, SIGMA_Y, 0.5) for e, y in zip(examples, noisy, strict=True)], 0.5)
+    with torch.no_grad():
+        found = inputs.skip + inputs.spread * network(inputs.seen, torch.zeros(COUNT))
+    a = rows[:shown]
+    covariance = SIGMA_Y**2 * torch.eye(shown) + SIGMA**2 * a @ a.T
+    wanted = posterior_mean(a, torch.cat(noisy).flatten(1)[:, :shown], covariance)
+    assert off(found, wanted) < 0.02
+    assert off(inputs.skip, wanted) > 0.1  # the lift alone is not it
+
+
+class Pixels(Mask):
+    """A mask whose pixels are views."""
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        return tuple(range(N))
+
+    def part(self, y: Tensor, index: Any) -> Tensor:
+        return y.flatten(1)[:, list(index)]
+
+
+def masked(white: Tensor, noise: Tensor) -> list[Example]:
+    return scans_of(Pixels(torch.ones(H, W)), white, noise, SIGMA_Y)
+
+
+def test_without_the_correction_the_shown_part_is_copied_with_its_noise() -> None:
+    """The naive loss on what is shown has another optimum; the corrected one was held to the right one above."""
+    white, n_y, n = draws(COUNT, N, N, N)
+    examples = masked(white, n_y)
+    sigma = SIGMA_Y  # where half of the noise is the scan's own
+    noise = [v.view(1, 1, H, W) for v in n]
+    roles = torch.full((N,), HELD)
+    roles[: N - 3] = TARGET
+    wanted_of = torch.eye(N)[: N - 3]
+    z = torch.cat([e.y + sigma * v for e, v in zip(examples, noise, strict=True)])
+    wanted = posterior_mean(wanted_of, z.flatten(1)[:, : N - 3], (SIGMA_Y**2 + sigma**2) * torch.eye(N - 3))
+    errors = []
+    for examples_shown in (examples, [replace(e, sigma=1e-6) for e in examples]):  # told that there is no noise
+        task = AmbientMethod(seen_weight=1.0).task(examples_shown, LEARNING, INFO)
+        network = trained(task, roles, sigma, noise)
+        s = examples_shown[0].sigma
+        lifts = [corrupted(e, y[None], roles == TARGET, sigma, s, 0.5) for e, y in zip(examples_shown, z, strict=True)]
+        inputs = joined(lifts, 0.5)
+        with torch.no_grad():
+            errors.append(off(inputs.skip + inputs.spread * network(inputs.seen, torch.zeros(COUNT)), wanted))
+    assert errors[0] < 0.02 < 0.03 < errors[1]
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_the_one_step_optimum_is_the_posterior_mean(supervised: bool) -> None:
+    """E[x | y_C] in closed form, from held-out measurements as from images: what SSDU and Noise2Noise rest on."""
+    rows = matrix(30)
+    white, n_y = draws(COUNT, N, len(rows))
+    examples = scans_of(Rows(rows), white, n_y, SIGMA_Y)
+    roles = torch.full((len(rows),), HELD)
+    roles[:7] = CONTEXT
+    method = SupervisedOneStepMethod() if supervised else OneStepMethod()
+    method.check(examples, INFO)
+    network = trained(method.task(examples, LEARNING, INFO), roles, LEVEL, [torch.zeros(())] * COUNT)
+    with torch.no_grad():
+        found = torch.cat([one_step(network, INFO, e, roles == CONTEXT) for e in examples])
+    y = torch.cat([e.y for e in examples]).flatten(1)[:, :7]
+    assert off(found, posterior_mean(rows[:7], y, SIGMA_Y**2 * torch.eye(7))) < 0.02
+
+
+def test_supervised_forward_model_has_the_optimum_of_measurements() -> None:
+    """E[x | y_C, y_T^s], in closed form."""
+    rows = matrix(30)
+    white, n_y, eps = draws(COUNT, N, len(rows), len(rows))
+    examples = scans_of(Rows(rows), white, n_y, SIGMA_Y)
+    roles = torch.full((len(rows),), HELD)
+    roles[:5], roles[5:11] = CONTEXT, TARGET
+    task = SupervisedForwardModelMethod(unseen=1.0).task(examples, LEARNING, INFO)
+    noise = [v.view(1, -1, 1) for v in eps]
+    network = trained(task, roles, SIGMA, noise)
+    part = MeasuredPart(
+        list(range(COUNT)), [roles] * COUNT, torch.full((COUNT,), SIGMA), noise, torch.full((COUNT,), 1.0)
+    )
+    more = (SIGMA**2 - SIGMA_Y**2) ** 0.5
+    noisy = [e.y + more * n for e, n in zip(examples, noise, strict=True)]
+    inputs = task.inputs(examples, part, noisy)
+    with torch.no_grad():
+        found = inputs.skip + inputs.spread * network(inputs.seen, torch.zeros(COUNT))
+    z = torch.cat([torch.cat([e.y[:, :5], y[:, 5:11]], 1) for e, y in zip(examples, noisy, strict=True)]).flatten(1)
+    covariance = torch.diag(torch.tensor([SIGMA_Y**2] * 5 + [SIGMA**2] * 6))
+    assert off(found, posterior_mean(rows[:11], z, covariance)) < 0.02
