@@ -6,6 +6,7 @@ A nonlinear operator gets A'(x) = A(a x + b) and y unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,6 +92,30 @@ class ScaledLinear:
         """Zero for what was not measured: the operator's own ``zero_filled``, else its adjoint."""
         own = getattr(self.operator, "zero_filled", None)
         return self.norm * own(y) if own is not None else self.norm * self.operator.adjoint(y)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """What can be split, none where the operator has no views."""
+        return tuple(getattr(self.operator, "views", ()))
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        """The measurements of some views, as the operator chooses."""
+        chosen: Tensor = self._own("part")(y, index)
+        return chosen
+
+    def whole(self, views: int) -> ScaledLinear:
+        """The operator's ``whole``, over the same number."""
+        return ScaledLinear(self._own("whole")(views), self.norm)
+
+    def unmeasured(self, views: int) -> ScaledLinear:
+        """The operator's ``unmeasured``, over the same number."""
+        return ScaledLinear(self._own("unmeasured")(views), self.norm)
+
+    def _own(self, name: str) -> Any:
+        own = getattr(self.operator, name, None)
+        if own is None:
+            raise ValueError(f"{type(self.operator).__name__} has no views to choose from; CT or MRI is wanted")
+        return own
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,23 @@ class Whitened(Composition):
             return Whitened(part, self.outer.split(index))
         return Whitened(part, self.inner.part(self.outer.diagonal.expand(self.range.shape), index))
 
+    def whole(self, views: int) -> LinearOperatorBase:
+        """That of A, under ray weights of the same mean square, or under the same covariance."""
+        return self._weighted(self.inner.whole(views))
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """Likewise."""
+        return self._weighted(self.inner.unmeasured(views))
+
+    def _weighted(self, other: LinearOperatorBase) -> LinearOperatorBase:
+        if isinstance(self.outer, Diagonal):
+            return Scaled(other, float(self.outer.diagonal.abs().square().mean().sqrt()))
+        if self.outer.domain != other.range:
+            raise ValueError(
+                f"the whitening is for {self.outer.domain.shape}, the views wanted give {other.range.shape}"
+            )
+        return Composition(self.outer, other)
+
     @property
     def views(self) -> tuple[int, ...]:
         """Those of A."""

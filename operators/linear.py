@@ -173,6 +173,22 @@ class LinearOperatorBase(ABC):
         """
         return y.index_select(-2, torch.as_tensor(list(index), device=y.device))
 
+    def whole(self, views: int) -> LinearOperatorBase:
+        """The same scan with views or lines evenly over all that there are, at most ``views`` of them.
+
+        Raises:
+            ValueError: this operator does not know what else could be measured.
+        """
+        raise ValueError(f"{type(self).__name__} has no whole of {views} views; CT, Cartesian MRI or a mask is wanted")
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """Likewise, of those that this scan did not measure.
+
+        Raises:
+            ValueError: as ``whole``; or nothing is left to measure.
+        """
+        raise ValueError(f"{type(self).__name__} has no {views} unmeasured views; CT or Cartesian MRI is wanted")
+
     def fields(self) -> dict[str, Any]:
         """Constructor arguments as JSON-able values or tensors: ``type(A)(**A.fields())`` is the same operator.
 
@@ -322,6 +338,14 @@ class Composition(LinearOperatorBase):
         """The chosen views of A, after B."""
         return Composition(self.outer.split(index), self.inner)
 
+    def whole(self, views: int) -> LinearOperatorBase:
+        """That of A, after B."""
+        return Composition(self.outer.whole(views), self.inner)
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """That of A, after B."""
+        return Composition(self.outer.unmeasured(views), self.inner)
+
     def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
         """As A chooses."""
         return self.outer.part(y, index)
@@ -373,6 +397,14 @@ class Scaled(LinearOperatorBase):
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The chosen views, with the same c."""
         return Scaled(self.operator.split(index), self.scale)
+
+    def whole(self, views: int) -> LinearOperatorBase:
+        """That of A, with the same c."""
+        return Scaled(self.operator.whole(views), self.scale)
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """That of A, with the same c."""
+        return Scaled(self.operator.unmeasured(views), self.scale)
 
     @property
     def views(self) -> tuple[int, ...]:

@@ -83,6 +83,14 @@ class Mask(Diagonal):
         if len(self.domain.shape) != 4:
             raise ValueError(f"shape is {self.domain.shape}; (s c h w) is wanted")
 
+    def whole(self, views: int) -> LinearOperatorBase:  # noqa: ARG002
+        """Every pixel."""
+        return Mask(torch.ones_like(self.diagonal), *self.domain)
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:  # noqa: ARG002
+        """The pixels that are not kept."""
+        return Mask(self.diagonal == 0, *self.domain)
+
     def fields(self) -> dict[str, Any]:
         """``mask`` (bool tensor), ``shape``, ``dtype``."""
         shape, dtype = self.domain

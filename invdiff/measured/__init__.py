@@ -1,6 +1,6 @@
 """Learning from measurements alone: examples, their splits and lifts, and methods that no image is ever shown to."""
 
-from invdiff.measured.examples import CONTEXT, HELD, TARGET, Example, Splitting, example_of
+from invdiff.measured.examples import CONTEXT, HELD, TARGET, Example, Splitting, alike, example_of
 from invdiff.measured.forward import ForwardModelMethod, ForwardModelTask
 from invdiff.measured.method import MeasuredLearning, Method
 from invdiff.measured.model import ForwardModel, Inputs, MeasuredInfo, inputs_of, signal
@@ -21,6 +21,7 @@ __all__ = [
     "Method",
     "Response",
     "Splitting",
+    "alike",
     "example_of",
     "inputs_of",
     "lift",

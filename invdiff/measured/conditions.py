@@ -71,7 +71,7 @@ def check_coverage(examples: Sequence[Example], allowed: float) -> list[str]:
     share = unseen(linear)
     if share > allowed:
         raise ValueError(
-            f"{100 * share:.3g} % of the image space are seen by no scan, measured.unseen allows {100 * allowed:.3g} %; "
+            f"{100 * share:.3g} % of the image space are seen by no scan (measured.unseen is {allowed:.3g}); "
             "views or lines that differ between scans and together cover it are wanted, for nothing teaches the rest"
         )
     return []

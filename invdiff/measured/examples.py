@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from invdiff.measured.response import Lift, Response, lift, nothing, response_of
+from invdiff.protocols import Space
 
 CONTEXT, TARGET, HELD = 0, 1, 2  # what becomes of a view
 FEWEST_VIEWS = 2  # one of the target and one held out
@@ -106,11 +108,79 @@ def example_of(operator: Any, y: Tensor, sigma: float, source: str = "the scan",
     """
     if not operator.views:
         raise ValueError(f"{source}: {type(operator).__name__} has no views to split; CT or MRI is wanted")
-    response = response_of(operator, probes)
-    view = view_of(operator)
-    count = max(1, int((view >= 0).sum())) * (2 if y.is_complex() else 1)
-    trace = float(response.transfer.mean()) * response.transfer[0].numel()
-    return Example(operator, y, sigma, view, len(operator.views), response, trace / count, source)
+    response, view = response_of(operator, probes), view_of(operator)
+    density = density_of(operator, response)
+    return Example(operator, y, sigma, view, len(operator.views), response, density, source)
+
+
+def density_of(operator: Any, response: Response) -> float:
+    """Mean squared norm of a row of A: the trace of A^H A over the number of real measurements."""
+    has_views = bool(getattr(operator, "views", ()))
+    count = int((view_of(operator) >= 0).sum()) if has_views else math.prod(operator.range.shape)
+    parts = 2 if operator.range.dtype.is_complex else 1
+    return float(response.transfer.sum()) / (parts * max(1, count))
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """A linear operator times a positive number, whatever it is made of.
+
+    Args:
+        operator: A.
+        factor: what it is multiplied by.
+    """
+
+    operator: Any
+    factor: float
+
+    @property
+    def domain(self) -> Space:
+        return self.operator.domain
+
+    @property
+    def range(self) -> Space:
+        return self.operator.range
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        return tuple(getattr(self.operator, "views", ()))
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        return self.operator.part(y, index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.operator.forward(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.factor * self.operator.adjoint(y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        return self.factor**2 * self.operator.normal(x)
+
+    def to(self, device: torch.device | str) -> Multiple:
+        moved = self.operator.to(device) if hasattr(self.operator, "to") else self.operator
+        return replace(self, operator=moved)
+
+
+def alike(examples: Sequence[Example], density: float | None = None) -> list[Example]:
+    """The examples with operators scaled so that their rows have one mean squared norm, and with y and sigma so too.
+
+    A noise level then means the same in scans of few views and of many. Nonlinear operators stay as they are.
+
+    Args:
+        examples: of ``example_of``.
+        density: that norm; the median if None.
+    """
+    linear = [e.density for e in examples if e.response is not None]
+    wanted = density or (float(np.median(linear)) if linear else 1.0)
+    return [e if e.response is None else _scaled(e, (wanted / e.density) ** 0.5) for e in examples]
+
+
+def _scaled(e: Example, factor: float) -> Example:
+    r = e.response
+    response = None if r is None else Response(factor**2 * r.transfer, factor**4 * r.power, r.where)
+    operator, density = Multiple(e.operator, factor), factor**2 * e.density
+    return replace(e, operator=operator, y=factor * e.y, sigma=factor * e.sigma, response=response, density=density)
 
 
 def view_of(operator: Any) -> Tensor:

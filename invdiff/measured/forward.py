@@ -120,6 +120,7 @@ class ForwardModelMethod(Splitting, Method):
             **asdict(info),
             method=self.name,
             sigma_y=(min(sigmas), max(sigmas)),
+            density=examples[0].density,
             views=max(example.views for example in examples),
             dropped=self.dropped,
             lift_steps=self.lift_steps,

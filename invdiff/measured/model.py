@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from invdiff.config import build
+from invdiff.files import sha256_of
 from invdiff.measured.response import Lift, fused
-from invdiff.priors.model import PriorInfo
+from invdiff.priors.description import Description
+from invdiff.priors.model import CONFIG_FILE, WEIGHTS_FILE, NetworkPrior, PriorInfo
+from invdiff.priors.network import UNet, UNetConfig
+from invdiff.priors.state_dict import load_weights, state_dict_of
 
 COVERAGES = 2  # maps beside the lifts: of the context and of the target
 
@@ -21,7 +27,8 @@ class MeasuredInfo(PriorInfo):
 
     Args:
         method: how it was trained.
-        sigma_y: least and greatest noise of the scans that it was trained on, prior units with ||A|| = 1.
+        sigma_y: least and greatest noise of the scans that it was trained on, prior units.
+        density: mean squared norm of a row of their operators.
         views: most views of one of them.
         dropped: share of the training without a context.
         lift_steps: iterations of the lifts.
@@ -29,6 +36,7 @@ class MeasuredInfo(PriorInfo):
 
     method: str = "forward-model"
     sigma_y: tuple[float, float] = (0.0, 0.0)
+    density: float = 1.0
     views: int = 0
     dropped: float = 0.0
     lift_steps: int = 1
