@@ -154,7 +154,7 @@ def test_the_ambient_optimum_is_the_denoiser_of_what_the_operator_sees(kind: str
     network = trained(task, roles, SIGMA, noise)
     chosen = roles == TARGET
     noisy = [e.y + SIGMA * e.operator.forward(v) for e, v in zip(examples, noise, strict=True)]
-    inputs = joined([corrupted(e, y, chosen, SIGMA, SIGMA_Y, 0.5) for e, y in zip(examples, noisy, strict=True)], 0.5)
+    inputs = joined([corrupted(e, y, chosen, SIGMA, 0.5, 2) for e, y in zip(examples, noisy, strict=True)], 0.5)
     with torch.no_grad():
         found = inputs.skip + inputs.spread * network(inputs.seen, torch.zeros(COUNT))
     a = rows[:shown]
@@ -194,8 +194,7 @@ def test_without_the_correction_the_shown_part_is_copied_with_its_noise() -> Non
     for examples_shown in (examples, [replace(e, sigma=1e-6) for e in examples]):  # told that there is no noise
         task = AmbientMethod(seen_weight=1.0).task(examples_shown, LEARNING, INFO)
         network = trained(task, roles, sigma, noise)
-        s = examples_shown[0].sigma
-        lifts = [corrupted(e, y[None], roles == TARGET, sigma, s, 0.5) for e, y in zip(examples_shown, z, strict=True)]
+        lifts = [corrupted(e, y[None], roles == TARGET, sigma, 0.5, 2) for e, y in zip(examples_shown, z, strict=True)]
         inputs = joined(lifts, 0.5)
         with torch.no_grad():
             errors.append(off(inputs.skip + inputs.spread * network(inputs.seen, torch.zeros(COUNT)), wanted))
@@ -214,7 +213,7 @@ def test_the_one_step_optimum_is_the_posterior_mean(supervised: bool) -> None:
     method.check(examples, INFO)
     network = trained(method.task(examples, LEARNING, INFO), roles, LEVEL, [torch.zeros(())] * COUNT)
     with torch.no_grad():
-        found = torch.cat([one_step(network, INFO, e, roles == CONTEXT) for e in examples])
+        found = torch.cat([one_step(network, method.exported(INFO, examples), e, roles == CONTEXT) for e in examples])
     y = torch.cat([e.y for e in examples]).flatten(1)[:, :7]
     assert off(found, posterior_mean(rows[:7], y, SIGMA_Y**2 * torch.eye(7))) < 0.02
 

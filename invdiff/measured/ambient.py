@@ -45,6 +45,7 @@ class AmbientMethod(Splitting, Method):
             is the same (Tweedie's formula as in Daras et al., ICML 2024). Only for operators of orthonormal rows
             (masks, one coil), whose held-out views say nothing of what the shown ones see.
         unseen: largest share of the image space that no scan sees.
+        lift_steps: iterations of a lift, see ``invdiff.measured.response.lift``.
     """
 
     name: ClassVar[str] = "ambient"
@@ -54,6 +55,7 @@ class AmbientMethod(Splitting, Method):
     dropped: float = 0.0
     seen_weight: float = 0.0
     unseen: float = 0.1
+    lift_steps: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +98,7 @@ class AmbientMethod(Splitting, Method):
 
     def exported(self, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
         """The description with the scans' noise and views."""
-        return described(self.name, info, examples)
+        return described(self, info, examples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +121,13 @@ class AmbientTask(ForwardModelTask):
 
     def loss(self, network: nn.Module, part: MeasuredPart, autocast: torch.dtype | None) -> Tensor:
         """One process's share of the step's loss."""
-        examples, d = [self.examples[k] for k in part.index], self.info.sigma_data
+        examples = [self.examples[k] for k in part.which]
+        d, steps = self.info.sigma_data, self.method.lift_steps
         sigmas = part.sigma.tolist()
         with torch.no_grad():
             noisy = [e.y + s * e.operator.forward(n) for e, s, n in zip(examples, sigmas, part.noise, strict=True)]
             each = zip(examples, noisy, part.roles, sigmas, strict=True)
-            inputs = joined([corrupted(e, y, roles == TARGET, s, e.sigma, d) for e, y, roles, s in each], d)
+            inputs = joined([corrupted(e, y, roles == TARGET, s, d, steps) for e, y, roles, s in each], d)
         with torch.autocast(part.sigma.device.type, dtype=autocast or torch.float32, enabled=autocast is not None):
             x = signal(network, inputs, part.sigma)
         terms = []
@@ -139,20 +142,20 @@ class AmbientTask(ForwardModelTask):
         return (part.weight * torch.stack(terms)).sum()
 
 
-def corrupted(example: Example, y: Tensor, chosen: Tensor, sigma: float, noise: float, deviation: float) -> Lift:
-    """The lift of y = A (x_0 + sigma n) + noise n_y, some views of it: the best filter for white images.
+def corrupted(example: Example, y: Tensor, chosen: Tensor, sigma: float, deviation: float, steps: int = 1) -> Lift:
+    """The lift of y = A (x_0 + sigma n) + sigma_y n_y, some views of it: the best filter for white images.
 
     Args:
         example: whose operator A is.
         y: (1 ...).
         chosen: marks views (views).
         sigma: of the image noise n.
-        noise: standard deviation of a real component of the measurement noise.
         deviation: of images in prior units; of the whole image without noise the lift is EDM's c_skip x.
+        steps: see ``invdiff.measured.response.lift``.
     """
     whole = (deviation**2 + sigma**2) ** 0.5
     share = (deviation / whole) ** 2
-    found = example.lift(y, chosen, noise, whole)
+    found = example.lift(y, chosen, example.sigma, whole, steps)
     return Lift(share * found.image, share * found.coverage, share * found.kept)
 
 
@@ -173,7 +176,7 @@ class AmbientPrior:
     """
 
     def __init__(
-        self, network: nn.Module, info: PriorInfo, example: Example, autocast: torch.dtype | None = None
+        self, network: nn.Module, info: MeasuredInfo, example: Example, autocast: torch.dtype | None = None
     ) -> None:
         self.network, self.info, self.example, self.autocast = network, info, example, autocast
         self.channels: int = example.operator.domain.shape[1]
@@ -193,7 +196,7 @@ class AmbientPrior:
         lifts = []
         for one, level in zip(x.split(1), held.tolist(), strict=True):
             y = self.example.operator.forward(one)
-            lifts.append(corrupted(self.example, y, everything, level, self.example.sigma, self.info.sigma_data))
+            lifts.append(corrupted(self.example, y, everything, level, self.info.sigma_data, self.info.lift_steps))
         inputs = joined(lifts, self.info.sigma_data)
         with torch.autocast(x.device.type, dtype=self.autocast or torch.float32, enabled=self.autocast is not None):
             return signal(self.network, inputs, held)
@@ -203,11 +206,17 @@ class AmbientPrior:
         return AmbientPrior(self.network.to(device), self.info, self.example.to(device), autocast)
 
 
-def described(name: str, info: PriorInfo, examples: Sequence[Example], dropped: float = 0.0) -> MeasuredInfo:
-    """The description of a model that the method ``name`` trained."""
-    sigmas = [example.sigma for example in examples]
-    views = max(example.views for example in examples)
-    return MeasuredInfo(**asdict(info), method=name, sigma_y=(min(sigmas), max(sigmas)), views=views, dropped=dropped)
+def described(method: Any, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
+    """The description of a model that a method without a context trained: the scans' noise, rows and views."""
+    sigmas, densities = [e.sigma for e in examples], [e.density for e in examples]
+    return MeasuredInfo(
+        **asdict(info),
+        method=method.name,
+        sigma_y=(min(sigmas), max(sigmas)),
+        density=sum(densities) / len(densities),
+        views=max(example.views for example in examples),
+        lift_steps=method.lift_steps,
+    )
 
 
 def judged(

@@ -26,7 +26,7 @@ class NonlinearExample(Example):
     size: float = 1.0
     middle: float = 0.0
 
-    def lift(self, y: Tensor, chosen: Tensor, noise: float, deviation: float) -> Lift:
+    def lift(self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1) -> Lift:  # noqa: ARG002
         """The operator's own lift of the chosen views, about 0 and of size about 1, believed to recover nothing.
 
         Raises:

@@ -35,6 +35,7 @@ class OneStepMethod(Method):
     Args:
         context: least and greatest share of the views that the network is shown; the others judge it.
         unseen: largest share of the image space that no scan sees.
+        lift_steps: iterations of a lift, see ``invdiff.measured.response.lift``.
     """
 
     name: ClassVar[str] = "ssdu"
@@ -42,6 +43,7 @@ class OneStepMethod(Method):
 
     context: tuple[float, float] = (0.05, 0.95)
     unseen: float = 0.1
+    lift_steps: int = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "context", tuple(self.context))
@@ -84,7 +86,7 @@ class OneStepMethod(Method):
 
     def exported(self, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
         """The description with the scans' noise and views."""
-        return described(self.name, info, examples)
+        return described(self, info, examples)
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,10 @@ class OneStepTask(ForwardModelTask):
 
     def loss(self, network: nn.Module, part: MeasuredPart, autocast: torch.dtype | None) -> Tensor:
         """One process's share of the step's loss."""
-        examples, d = [self.examples[k] for k in part.index], self.info.sigma_data
+        examples, d = [self.examples[k] for k in part.which], self.info.sigma_data
         with torch.no_grad():
-            lifts = [e.lift(e.y, roles == CONTEXT, e.sigma, d) for e, roles in zip(examples, part.roles, strict=True)]
+            each = zip(examples, part.roles, strict=True)
+            lifts = [e.lift(e.y, roles == CONTEXT, e.sigma, d, self.method.lift_steps) for e, roles in each]
             context = Lift(*(torch.cat(field) for field in zip(*lifts, strict=True)))
             inputs = inputs_of(context, nothing(context.image), d)
         with torch.autocast(part.sigma.device.type, dtype=autocast or torch.float32, enabled=autocast is not None):
@@ -178,7 +181,7 @@ def check_truths(examples: Sequence[Example]) -> None:
             )
 
 
-def one_step(network: nn.Module, info: PriorInfo, example: Example, chosen: Tensor | None = None) -> Tensor:
+def one_step(network: nn.Module, info: MeasuredInfo, example: Example, chosen: Tensor | None = None) -> Tensor:
     """The image (1 c h w) in prior units that a network of ``OneStepMethod`` makes of one scan.
 
     Args:
@@ -188,6 +191,6 @@ def one_step(network: nn.Module, info: PriorInfo, example: Example, chosen: Tens
         chosen: marks the views to take (views); all if None.
     """
     some = torch.ones(example.views) if chosen is None else chosen
-    context = example.lift(example.y, some, example.sigma, info.sigma_data)
+    context = example.lift(example.y, some, example.sigma, info.sigma_data, info.lift_steps)
     inputs = inputs_of(context, nothing(context.image), info.sigma_data)
     return signal(network, inputs, torch.full((1,), LEVEL, device=example.y.device))
