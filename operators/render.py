@@ -95,6 +95,24 @@ class VolumeRenderer(NonlinearOperatorBase):
         """The pictures (s v colour row column) of some cameras; y may be anything that broadcasts, v kept."""
         return y.index_select(1, torch.as_tensor(list(index), device=y.device))
 
+    def whole(self, views: int) -> VolumeRenderer:
+        """``views`` cameras evenly round the box, from the first one on."""
+        return self._turned(range(views), views)
+
+    def unmeasured(self, views: int) -> VolumeRenderer:
+        """Those of ``whole`` but for its first, which is a measured one.
+
+        Raises:
+            ValueError: fewer than 2 views.
+        """
+        if views < 2:
+            raise ValueError(f"views is {views}: the first one is measured; at least 2 are wanted")
+        return self._turned(range(1, views), views)
+
+    def _turned(self, steps: Sequence[int], of: int) -> VolumeRenderer:
+        turns = 2 * math.pi / of * torch.tensor(list(steps), dtype=torch.float64)
+        return VolumeRenderer(**{**self.fields(), "azimuth": self.azimuth[..., :1] + turns})
+
     def fields(self) -> dict[str, Any]:
         """All constructor arguments; ``azimuth`` is a float64 tensor."""
         shape, dtype = self.domain

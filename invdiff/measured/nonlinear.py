@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from invdiff.measured.examples import Example, view_of
 from invdiff.measured.response import Lift, nothing
 
 KEPT = 1e-6  # share of the variance that features are said to recover: none, but for the scale that it gives them
+VIEWS = 6  # at which a map of coverage is 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,32 +21,20 @@ class NonlinearExample(Example):
     """y = A(x) + sigma n of one image, A with ``lift(y, chosen)``, ``split`` and ``part``: of ``nonlinear_example_of``.
 
     Args:
-        size: root of the mean square of y about ``middle``.
         middle: mean of y.
+        size: root of the mean square of y about it.
     """
 
-    size: float = 1.0
     middle: float = 0.0
+    size: float = 1.0
 
-    def lift(self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1) -> Lift:  # noqa: ARG002
-        """The operator's own lift of the chosen views, about 0 and of size about 1, believed to recover nothing.
-
-        Raises:
-            ValueError: the lift has another shape than the image.
-        """
+    def lift(self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1) -> Lift:
+        """``features`` of the chosen views; arguments as of ``Example.lift``, ``steps`` without a meaning here."""
+        del steps
         index = torch.nonzero(chosen).flatten().tolist()
-        like = torch.empty(self.operator.domain.shape, device=y.device)
         if not index:
-            return nothing(like)
-        scaled = (y - self.middle) / (noise**2 + self.size**2) ** 0.5
-        features = self.operator.lift(scaled, index)
-        if features.shape != like.shape:
-            raise ValueError(
-                f"the lift of {type(self.operator).__name__} is {tuple(features.shape)}; the image's "
-                f"{tuple(like.shape)} is wanted"
-            )
-        share = len(index) / self.views
-        return Lift(deviation * KEPT**0.5 * features, torch.full_like(like[:, :1], share), torch.full_like(like, KEPT))
+            return nothing(torch.empty(self.operator.domain.shape, device=y.device))
+        return features(self.operator, y, noise, deviation, (self.middle, self.size), index)
 
     def misfit(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """||A(x) - y||^2 over the chosen views, by the number of real measurements; only they are computed: ()."""
@@ -53,6 +43,43 @@ class NonlinearExample(Example):
             return 0 * x.sum()
         residual = self.operator.split(index).forward(x) - self.operator.part(y, index)
         return residual.abs().square().mean() / (2 if residual.is_complex() else 1)
+
+
+def scale_of(y: Tensor) -> tuple[float, float]:
+    """Mean of y and root of its mean square about it: what features are made of size 1 with."""
+    middle = float(y.real.mean())
+    return middle, float((y - middle).abs().square().mean().sqrt())
+
+
+def features(
+    operator: Any,
+    y: Tensor,
+    noise: float,
+    deviation: float,
+    scale: tuple[float, float],
+    chosen: Sequence[int] | None = None,
+) -> Lift:
+    """The operator's own lift of y in the place of a filter's: about 0, of size about 1 to the network.
+
+    It is believed to recover nothing, so that the network's output stands alone.
+
+    Args:
+        operator: with ``lift(y, chosen)``, of the shape of its domain.
+        y: (s ...).
+        noise: standard deviation of a real component of y.
+        deviation: of images in prior units.
+        scale: of ``scale_of``.
+        chosen: views; all if None.
+
+    Raises:
+        ValueError: the lift has another shape than the image.
+    """
+    middle, size = scale
+    found = operator.lift((y - middle) / (noise**2 + size**2) ** 0.5, chosen)
+    if tuple(found.shape) != tuple(operator.domain.shape):
+        raise ValueError(f"the operator lifts to {tuple(found.shape)}; the image's {operator.domain.shape} is wanted")
+    share = torch.full_like(found[:, :1], len(operator.views if chosen is None else chosen) / VIEWS)
+    return Lift(deviation * KEPT**0.5 * found, share, torch.full_like(found, KEPT))
 
 
 def nonlinear_example_of(operator: Any, y: Tensor, sigma: float, source: str = "the scan") -> NonlinearExample:
@@ -69,8 +96,7 @@ def nonlinear_example_of(operator: Any, y: Tensor, sigma: float, source: str = "
     """
     if not operator.views or not hasattr(operator, "lift"):
         raise ValueError(f"{source}: {type(operator).__name__} has no views to split or no lift of its own")
-    middle = float(y.real.mean())
-    size = float((y - middle).abs().square().mean().sqrt())
+    middle, size = scale_of(y)
     return NonlinearExample(
-        operator, y, sigma, view_of(operator), len(operator.views), None, size**2, source, None, size, middle
+        operator, y, sigma, view_of(operator), len(operator.views), None, size**2, source, None, middle, size
     )

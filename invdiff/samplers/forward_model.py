@@ -11,9 +11,10 @@ from torch import Tensor
 
 from invdiff.measured import Lift, MeasuredInfo, Response, inputs_of, lift, nothing, response_of
 from invdiff.measured.examples import Multiple, density_of
+from invdiff.measured.nonlinear import features, scale_of
 from invdiff.noise import noise_levels
 from invdiff.protocols import Problem
-from invdiff.samplers.checks import at_least, linear, within
+from invdiff.samplers.checks import at_least, within
 from invdiff.samplers.consistency import nearest
 from invdiff.samplers.moves import advance, check_move, levels_of, no_past
 
@@ -93,15 +94,14 @@ class ForwardModelDiffusion:
             ValueError: a usual prior, a nonlinear operator, noise that the model does not know, or guidance of a model
                 that was never trained without a context.
         """
-        info, A = _model_of(problem), linear(self, problem)
+        info, A = _model_of(problem), problem.operator
         if self.guidance != 1 and info.dropped == 0:
             raise ValueError(
                 f"guidance is {self.guidance} and the model {info.name!r} knows no empty context; 1 is wanted"
             )
-        noise = torch.full((len(problem.y),), problem.sigma_y, device=problem.y.device)
-        response = response_of(A)
+        response = response_of(A) if hasattr(A, "adjoint") else None
         _check_noise(problem, info, response)
-        context = lift(A.adjoint(problem.y), response, noise, info.sigma_data, A.normal, info.lift_steps)
+        context = _lifted(problem, A, response, problem.y, problem.sigma_y)
         operator, _ = self._target(problem, info)
         y_t = torch.zeros(operator.range.shape, dtype=operator.range.dtype, device=problem.y.device)
         start = self._levels(info)[0] * _white(problem, -1, y_t)
@@ -114,8 +114,7 @@ class ForwardModelDiffusion:
         operator, response = self._target(problem, info)
         grid = self._levels(info)
         s, A = grid[i], operator
-        level = torch.full((len(y_t),), s, device=y_t.device)
-        target = lift(A.adjoint(y_t), response, level, info.sigma_data, A.normal, info.lift_steps)
+        target = _lifted(problem, A, response, y_t, s)
         x = _denoised(problem, Lift(*context), target, s, info.sigma_data)
         if self.guidance != 1:
             free = _denoised(problem, nothing(x), target, s, info.sigma_data)
@@ -131,16 +130,18 @@ class ForwardModelDiffusion:
         low = max(self.sigma_min, info.sigma_min)
         return noise_levels(self.grid, self.steps, max(min(self.sigma_max, info.sigma_max), low), low)
 
-    def _target(self, problem: Problem, info: MeasuredInfo) -> tuple[Any, Response]:
+    def _target(self, problem: Problem, info: MeasuredInfo) -> tuple[Any, Response | None]:
         return _target_of(problem.operator, self.target, self.views or info.views, info.density)
 
 
 @lru_cache(maxsize=1)  # a pure function of immutable operators; building a projector costs more than a step
-def _target_of(operator: Any, target: str, views: int, density: float) -> tuple[Any, Response]:
+def _target_of(operator: Any, target: str, views: int, density: float) -> tuple[Any, Response | None]:
     """A_T, its rows scaled as those of the training, and its response."""
     if not hasattr(operator, target):
         raise ValueError(f"{type(operator).__name__} does not know what else could be measured; CT or MRI is wanted")
     found = getattr(operator, target)(views)
+    if not hasattr(found, "adjoint"):
+        return found, None
     scaled = Multiple(found, (density / density_of(found, response_of(found))) ** 0.5)
     return scaled, response_of(scaled)
 
@@ -156,15 +157,25 @@ def _model_of(problem: Problem) -> MeasuredInfo:
     return info
 
 
-def _check_noise(problem: Problem, info: MeasuredInfo, response: Response) -> None:
+def _check_noise(problem: Problem, info: MeasuredInfo, response: Response | None) -> None:
     """Refuse a scan that is much noisier, or much less so, than those of the training: whitened otherwise, mostly."""
-    noise = problem.sigma_y * (info.density / density_of(problem.operator, response)) ** 0.5
+    rows = info.density if response is None else density_of(problem.operator, response)
+    noise = problem.sigma_y * (info.density / rows) ** 0.5
     low, high = info.sigma_y[0] / NOISE_RATIO, info.sigma_y[1] * NOISE_RATIO
     if not low <= noise <= high:
         raise ValueError(
             f"the scan's noise is {noise:.3g} in prior units, a row of the operator being as in the training, whose "
             f"scans had {info.sigma_y[0]:.3g} to {info.sigma_y[1]:.3g}; a scan whitened alike is wanted"
         )
+
+
+def _lifted(problem: Problem, operator: Any, response: Response | None, y: Tensor, noise: float) -> Lift:
+    """The lift of a measurement: by a filter, or by the operator's own features where it is not linear."""
+    info = _model_of(problem)
+    if response is None:
+        return features(operator, y, noise, info.sigma_data, scale_of(problem.y))
+    level = torch.full((len(y),), noise, device=y.device)
+    return lift(operator.adjoint(y), response, level, info.sigma_data, operator.normal, info.lift_steps)
 
 
 def _white(problem: Problem, step: int, like: Tensor) -> Tensor:
