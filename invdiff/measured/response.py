@@ -22,6 +22,7 @@ from invdiff.noise import KeyedNoise
 STEP = -3  # of the keyed noise that probes an operator
 BOX = 5  # pixels over whose square estimates are averaged: probes are few
 RINGS = ((0.0, 1), (2.5, 3), (6.0, 5))  # cycles an image from which on, and frequencies over whose square, likewise
+LEAST = 0.03  # of the most that a frequency's transfer can be, its row's norm: no lift loses a frequency
 MOST = 1 - 1e-4  # of a frequency's variance that a lift is believed to recover: images are not white
 
 
@@ -72,16 +73,17 @@ def response_of(operator: Any, probes: int = 6) -> Response:
     like = torch.empty(operator.domain.shape, dtype=operator.domain.dtype, device=getattr(operator, "device", "cpu"))
     cross, power, energy, where, square = (torch.zeros((), device=like.device) for _ in range(5))
     for draw in range(probes):
-        x = KeyedNoise()(STEP, like, draw)
+        x = KeyedNoise()(STEP, like[:1], draw).expand(like.shape).clone()  # the same for all, alone or among others
         b = operator.normal(x)
         X, B = torch.fft.fft2(x), torch.fft.fft2(b)
         cross, power, energy = cross + (X.conj() * B).real, power + B.abs().square(), energy + X.abs().square()
         where, square = where + (x * b).sum(1, keepdim=True), square + x.square().sum(1, keepdim=True)
     energy = _by_ring(energy)
-    transfer = (_by_ring(cross) / energy).clamp_min(0)
+    power = _by_ring(power) / energy
+    transfer = torch.maximum(_by_ring(cross) / energy, LEAST * power.sqrt())
     place = (_smooth(where, BOX) / _smooth(square, BOX)).clamp_min(0)
     mean = place.mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(place.dtype).tiny)
-    return Response(transfer, torch.maximum(_by_ring(power) / energy, transfer.square()), place / mean)
+    return Response(transfer, torch.maximum(power, transfer.square()), place / mean)
 
 
 def _by_ring(v: Tensor) -> Tensor:
