@@ -20,7 +20,7 @@ from invdiff.priors.model import PriorInfo
 LOOKED_AT = 48  # examples whose operators are probed, about
 STEP = -4  # of the keyed noise that probes them
 ITERATIONS = 24  # of CG: directions that the scans see 1/100 as well as the best are found in about so many
-NOISE_RATIO = 10.0  # between the largest and the smallest noise of a collection, prior units with ||A|| = 1
+NOISE_RATIO = 4.0  # between the largest and the smallest noise of a collection, prior units with ||A|| = 1
 
 
 def check_grids(examples: Sequence[Example]) -> None:
