@@ -14,7 +14,7 @@ from invdiff.measured.examples import Multiple, density_of
 from invdiff.measured.nonlinear import features, scale_of
 from invdiff.noise import noise_levels
 from invdiff.protocols import Problem
-from invdiff.samplers.checks import at_least, within
+from invdiff.samplers.checks import at_least, linear, within
 from invdiff.samplers.consistency import nearest
 from invdiff.samplers.moves import advance, check_move, levels_of, no_past
 
@@ -46,7 +46,8 @@ class ForwardModelDiffusion:
     is the denoised target, from which any move goes on; the last x is the sample. Samples have the spread of p(x | y)
     where A_T sees the image; a direction that neither y nor A_T sees stays at its mean.
 
-    Not for usual priors (see ``DDS`` and others), nor for operators that do not know what else could be measured.
+    Not for usual priors (see ``DDS`` and others), nor for operators that do not know what else could be measured. An
+    operator that is not linear wants a ``lift`` of its own.
 
     Args:
         steps: network evaluations.
@@ -94,7 +95,7 @@ class ForwardModelDiffusion:
             ValueError: a usual prior, a nonlinear operator, noise that the model does not know, or guidance of a model
                 that was never trained without a context.
         """
-        info, A = _model_of(problem), problem.operator
+        info, A = _model_of(problem), problem.operator if hasattr(problem.operator, "lift") else linear(self, problem)
         if self.guidance != 1 and info.dropped == 0:
             raise ValueError(
                 f"guidance is {self.guidance} and the model {info.name!r} knows no empty context; 1 is wanted"
