@@ -18,6 +18,8 @@ from invdiff.priors.model import CONFIG_FILE, WEIGHTS_FILE, NetworkPrior, PriorI
 from invdiff.priors.network import UNet, UNetConfig
 from invdiff.priors.state_dict import load_weights, state_dict_of
 
+SAMPLE = ("forward-model", "forward-model-supervised")  # methods whose models the sampler forward-model takes
+METHODS = (*SAMPLE, "ssdu", "supervised")  # and those of one step
 COVERAGES = 2  # maps beside the lifts: of the context and of the target
 
 
@@ -117,8 +119,8 @@ def signal(network: nn.Module, inputs: Inputs, sigma: Tensor) -> Tensor:
 class ForwardModel(NetworkPrior):
     """A model that was trained on measurements: takes ``Inputs.stacked`` in the place of a noisy image.
 
-    It is no prior of images: it gives E[x | y_C, y_T^s] from lifts of measurements, and refuses anything else. That it
-    is called as one lets the wrappers of priors (chunks, devices, scales) serve it too.
+    It is no prior of images: it gives E[x | y_C, y_T^s] from lifts of measurements, one-step models E[x | y_C], and
+    refuses anything else. That it is called as one lets the wrappers of priors (chunks, devices, scales) serve it too.
     """
 
     info: MeasuredInfo
@@ -146,14 +148,29 @@ class ForwardModel(NetworkPrior):
 
 
 def read(folder: Path, description: Description | None) -> ForwardModel | None:
-    """A folder that a training on measurements exported with method ``forward-model``; None for another folder.
+    """A folder that a training on measurements exported, with any method of ``METHODS``; None for another folder.
+
+    Raises:
+        ValueError: a description, which the folder has itself; or files that do not fit each other.
+    """
+    if method_of(folder) not in METHODS:
+        return None
+    network, info, sha256 = read_network(folder, description)
+    return ForwardModel(network, info, None, sha256)
+
+
+def method_of(folder: Path) -> str | None:
+    """How the model of a folder was trained on measurements; None of another folder."""
+    return _document_of(folder).get("prior", {}).get("method")
+
+
+def read_network(folder: Path, description: Description | None) -> tuple[UNet, MeasuredInfo, str]:
+    """The network of a folder that a training on measurements exported, its description and its hash.
 
     Raises:
         ValueError: a description, which the folder has itself; or files that do not fit each other.
     """
     document = _document_of(folder)
-    if document.get("prior", {}).get("method") != MeasuredInfo.method:
-        return None
     if description is not None:
         raise ValueError(f"{folder} states its own unit and range; a description is for folders of others")
     weights, where = folder / WEIGHTS_FILE, folder / CONFIG_FILE
@@ -166,7 +183,7 @@ def read(folder: Path, description: Description | None) -> ForwardModel | None:
     network = UNet(config, extra_channels(config.image_channels))
     load_weights(network, state_dict_of(weights), weights)
     info = build(MeasuredInfo, document["prior"], f"{where}: prior")
-    return ForwardModel(network.eval().requires_grad_(False), info, None, sha256)
+    return network.eval().requires_grad_(False), info, sha256
 
 
 def _document_of(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from invdiff.measured import Lift, MeasuredInfo, Response, inputs_of, lift, nothing, response_of
 from invdiff.measured.examples import Multiple, density_of
+from invdiff.measured.model import SAMPLE
 from invdiff.measured.nonlinear import features, scale_of
 from invdiff.noise import noise_levels
 from invdiff.protocols import Problem
@@ -155,6 +156,8 @@ def _model_of(problem: Problem) -> MeasuredInfo:
         raise ValueError(
             f"the prior {named!r} is one of images; the sampler forward-model wants a model of invdiff train --from"
         )
+    if info.method not in SAMPLE:
+        raise ValueError(f"the model {info.name!r} was trained by {info.method}, which gives no samples")
     return info
 
 
