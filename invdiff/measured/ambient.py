@@ -173,12 +173,19 @@ class AmbientPrior:
         info: as trained.
         example: a scan of the kind that was trained on, of many views; its own measurements do not matter.
         autocast: dtype of the network's arithmetic.
+        sha256: hash of the weights, for records.
     """
 
     def __init__(
-        self, network: nn.Module, info: MeasuredInfo, example: Example, autocast: torch.dtype | None = None
+        self,
+        network: nn.Module,
+        info: MeasuredInfo,
+        example: Example,
+        autocast: torch.dtype | None = None,
+        sha256: str | None = None,
     ) -> None:
-        self.network, self.info, self.example, self.autocast = network, info, example, autocast
+        self.network, self.info, self.example = network, info, example
+        self.autocast, self.sha256 = autocast, sha256
         self.channels: int = example.operator.domain.shape[1]
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -203,7 +210,7 @@ class AmbientPrior:
 
     def to(self, device: torch.device | str, autocast: torch.dtype | None = None) -> AmbientPrior:
         """The same prior on ``device``, computing in ``autocast``; the network is moved in place."""
-        return AmbientPrior(self.network.to(device), self.info, self.example.to(device), autocast)
+        return AmbientPrior(self.network.to(device), self.info, self.example.to(device), autocast, self.sha256)
 
 
 def described(method: Any, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
