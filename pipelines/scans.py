@@ -56,13 +56,17 @@ def as_volume(scan: Measurements, x: Tensor) -> Volume:
     return Volume(x.float(), scan.affine, unit, scan.storage, {"name": "reconstruction", "sha256": scan.source_sha256})
 
 
-def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
+def operator_of(scan: Measurements, made: Any = None) -> tuple[Any, Tensor, float]:
     """The whitened operator, the whitened y and its sigma_y, of a scan's description.
+
+    Args:
+        scan: its description.
+        made: the operator of its kind and fields, where it is there already.
 
     Raises:
         ValueError: an unknown kind, fields it does not take, or a y that does not fit it.
     """
-    operator = built(scan.kind, scan.fields)
+    operator = built(scan.kind, scan.fields) if made is None else made
     if tuple(scan.y.shape) != tuple(operator.range.shape):
         raise ValueError(
             f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {tuple(operator.range.shape)}"

@@ -1,4 +1,4 @@
-"""Diffusion with forward models: a linear-Gaussian world whose optimum is a closed form, the sampler, the conditions."""
+"""Diffusion with forward models: a linear-Gaussian world with its closed forms, the sampler, the conditions."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def part_of(zs: Tensor, s: float, operator: Rows) -> tuple[list[Example], Measur
 
 
 def solved(task: ForwardModelTask, part: MeasuredPart, signals: Tensor | None = None) -> Linear:
-    """The network with the least loss: a linear least-squares problem; on signals (k N) in the place of y_N if given."""
+    """The network with the least loss: linear least squares; on signals (k N) in the place of y_N if given."""
     from invdiff.measured.forward import noisy_target
 
     examples = [task.examples[k] for k in part.which]

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.linalg import cg
+from invdiff.linalg import lanczos
 from invdiff.measured.examples import Example
 from invdiff.noise import KeyedNoise
 from invdiff.priors.model import PriorInfo
 
 LOOKED_AT = 48  # examples whose operators are probed, about
 STEP = -4  # of the keyed noise that probes them
-ITERATIONS = 24  # of CG: directions that the scans see 1/100 as well as the best are found in about so many
+LANCZOS_STEPS = 30  # of the quadrature of their spectrum
+UNSEEN = 0.01  # of the mean eigenvalue of the mean of A^H A: a direction that is seen less than this is hardly seen
 NOISE_RATIO = 4.0  # between the largest and the smallest noise of a collection, prior units with ||A|| = 1
 
 
@@ -80,16 +81,18 @@ def check_coverage(examples: Sequence[Example], allowed: float) -> list[str]:
 def unseen(examples: Sequence[Example]) -> float:
     """Share of the image space that the operators together do not see, or hardly.
 
-    What of a white image is missing in its least-squares reconstruction from noiseless measurements of up to
-    ``LOOKED_AT`` of the operators, by CG.
+    What a white image's reconstruction M (M + rho I)^-1 x misses of its variance: the mean of (rho / (m + rho))^2 over
+    the eigenvalues m of M, the mean of A^H A over up to ``LOOKED_AT`` of the operators, rho being ``UNSEEN`` of their
+    mean; by Lanczos quadrature. Projections from all sides miss a few percent, of the finest detail.
     """
     index = np.unique(np.linspace(0, len(examples) - 1, LOOKED_AT).round().astype(int))
     operators = [examples[int(k)].operator for k in index]
     like = torch.empty(operators[0].domain.shape, dtype=operators[0].domain.dtype, device=examples[0].y.device)
-    x = KeyedNoise()(STEP, like)
 
     def normal(v: Tensor) -> Tensor:
         return torch.stack([operator.normal(v) for operator in operators]).mean(0)
 
-    found = cg(normal, normal(x), iterations=ITERATIONS)
-    return float((x - found).square().sum() / x.square().sum())
+    nodes, weights = lanczos(normal, KeyedNoise()(STEP, like), LANCZOS_STEPS)
+    mean = (weights * nodes).sum() / weights.sum()
+    floor = UNSEEN * mean
+    return float((weights * (floor / (nodes.clamp_min(0) + floor)).square()).sum() / weights.sum())

@@ -61,7 +61,7 @@ class ForwardModelMethod(Splitting, Method):
     target_weight: float = 0.0
     context_weight: float = 0.0
     lift_steps: int = 2
-    unseen: float = 0.2
+    unseen: float = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()

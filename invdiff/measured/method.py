@@ -66,5 +66,5 @@ class Method(ABC):
         """What the trained model says of itself, of the kind that its reader tells it by."""
 
     def about(self) -> str:
-        """What the model's card says of the way that it was trained: a few sentences."""
-        return (self.__doc__ or "").strip()
+        """What the model's card says of the way that it was trained: a sentence."""
+        return (self.__doc__ or "").strip().split("\n\n")[0]
