@@ -197,7 +197,7 @@ def write_all(data: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, pattern, most in (("ct", "ct_*.h5", None), ("mr", "mr_*.h5", MR_SCANS)):
         slices = train_slices(data / "train", pattern, most)
-        images = slices.truth if name == "ct" else mr_images(slices, SEEDS[name])
+        images = mu_from_hu(slices.truth, MU_WATER) if name == "ct" else mr_images(slices, SEEDS[name])
         if not (out / f"{name}-images.h5").exists():
             with whole_file(out / f"{name}-images.h5") as part, h5py.File(part, "w") as f:
                 f["images"] = images.numpy()

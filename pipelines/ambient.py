@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +17,9 @@ from invdiff.priors.description import Description
 SCAN = "scan.h5"
 
 
-def keep_scan(folder: Path, scans: Sequence[Measurements], views: Sequence[int]) -> None:
-    """Write the scan of most views into ``folder``, without its measurements: those are nobody's to publish.
-
-    Args:
-        folder: of the model.
-        scans: of one slice each.
-        views: how many each has.
-    """
-    most = max(range(len(scans)), key=lambda k: views[k])
-    write_measurements(folder / SCAN, [replace(scans[most], y=torch.zeros_like(scans[most].y), history={})])
+def keep_scan(folder: Path, scan: Measurements) -> None:
+    """Write a scan into the ``folder`` of a model, without its measurements: those are nobody's to publish."""
+    write_measurements(folder / SCAN, [replace(scan, y=torch.zeros_like(scan.y), history={}, source_sha256="")])
 
 
 def read(folder: Path, description: Description | None) -> AmbientPrior | None:

@@ -318,6 +318,9 @@ def train(
     scans: Annotated[
         list[Path] | None, typer.Option("--from", help="Measurements (.h5) or folders of them: no image is needed.")
     ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="HDF5 with the images of all slices of --from, for supervised methods alone.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     validation: Annotated[Path | None, typer.Option(help="Folder to validate on, instead of some of DATA.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that draw crops; on a GPU a few.")] = 0,
@@ -333,12 +336,14 @@ def train(
     way = pipeline.Way(device, dtype, workers, compiled)
     if (data is None) == (not scans):
         raise ValueError("--data FOLDER of images or --from MEASUREMENTS: one of them is wanted")
+    if images is not None and not scans:
+        raise ValueError("--images goes with --from MEASUREMENTS, for methods that are shown images")
     try:
         if data is not None:
             pipeline.run(config, data, out, resume, console, way, validation)
         else:
             held = None if validation is None else [validation]
-            train_measured.run(config, scans or [], out, resume, console, way, held)
+            train_measured.run(config, scans or [], out, resume, console, way, held, images)
     except KeyboardInterrupt:
         kept = (out / STATE_FILE).exists()
         errors.print(f"interrupted; {out} holds the run: with --resume it goes on" if kept else "interrupted")

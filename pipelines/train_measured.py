@@ -11,8 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from invdiff.config import build, find
+from invdiff.datasets import Measurements
 from invdiff.files import whole_file
 from invdiff.measured import Example, MeasuredLearning, Method
+from invdiff.measured.ambient import AmbientMethod
+from invdiff.pipelines.ambient import keep_scan
 from invdiff.pipelines.devices import device_of, dtype_of
 from invdiff.pipelines.measured_data import Collection, collect, held_out
 from invdiff.pipelines.mri import MRIConfig
@@ -80,6 +83,7 @@ def run(
     console: Console,
     way: Way,
     validation: Sequence[Path] | None = None,
+    images: Path | None = None,
 ) -> None:
     """Train the model of ``config_file`` on measurements; keeps ``state.pt``, ``log.csv`` and ``model/`` in ``out``.
 
@@ -91,6 +95,7 @@ def run(
         console: where the first process says how it goes.
         way: device and the like.
         validation: files or folders that only the validation sees, in the place of held-out scans.
+        images: HDF5 file with the images of all slices, for methods that are shown them; see ``collect``.
 
     Raises:
         ValueError: a wrong key, scans that the method cannot learn from, a folder that holds another run.
@@ -100,7 +105,7 @@ def run(
     check_folder(out, resume)
     dtype, launcher = dtype_of(way.dtype, device_of(way.device)), launched(way.device)
     channels = plan.network.image_channels
-    found, trained, judged = _read(plan, scans, validation)
+    found, trained, judged = _read(plan, scans, validation, images)
     pixels = found.pixel_mm
     noise = max(e.sigma for e in trained + judged)
     info = plan.info((min(pixels), max(pixels)), noise * (1 + 1e-6))
@@ -117,18 +122,18 @@ def run(
     trained, judged = ([e.to(launcher.device) for e in some] for some in (trained, judged))
     extra = plan.method.extra(channels)
     parts = plan.learning, plan.network, extra, info, recorded, launcher, console, dtype
-    job = MeasuredJob(out, *parts, plan.method, trained, judged)
+    job = MeasuredJob(out, *parts, plan.method, trained, judged, found.widest)
     for note in notes:
         job.say(f"note: {note}")
     job.begin(resume, way)
 
 
 def _read(
-    plan: MeasuredPlan, scans: Sequence[Path], validation: Sequence[Path] | None
+    plan: MeasuredPlan, scans: Sequence[Path], validation: Sequence[Path] | None, images: Path | None
 ) -> tuple[Collection, list[Example], list[Example]]:
     """All scans, what of them is trained on, and what is validated on."""
     both = [*scans, *(validation or [])]
-    found: Collection = collect(both, plan.info(), plan.network.image_channels, plan.mri)
+    found: Collection = collect(both, plan.info(), plan.network.image_channels, plan.mri, images)
     count = max(found.scan) + 1
     if validation is None:
         held = held_out(count, plan.learning.held_out, plan.learning.seed)
@@ -156,12 +161,14 @@ class MeasuredJob(Job):
         method: how it learns.
         examples: what is trained on.
         judged: what is validated on.
+        widest: the slice of most views, through whose operator an ambient prior will see images.
     """
 
     config: MeasuredLearning
     method: Method
     examples: list[Example]
     judged: list[Example]
+    widest: Measurements | None
 
     def task(self) -> Task[Any]:
         """The method's."""
@@ -191,6 +198,8 @@ class MeasuredJob(Job):
         more = {"measured": self.recorded["measured"], "slices": len(self.examples)}
         figures = {**self.figures(state, judged), **more}
         save(self.out / MODEL, state.average, info, figures)
+        if self.widest is not None and self.method.name == AmbientMethod.name:
+            keep_scan(self.out / MODEL, self.widest)
         with whole_file(self.out / MODEL / CARD) as part:
             part.write_text(card(info, self.method, self.examples, figures))
 
