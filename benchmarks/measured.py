@@ -56,7 +56,7 @@ CT_SLICES, MR_SLICES = 4, 2  # of each volume
 
 def config_of(name: str, method: str, out: Path, images: int | None) -> Path:
     """The committed configuration of an example with another method and number of examples seen, in ``out``."""
-    text = (EXAMPLES / f"train-measured-{name}.toml").read_text().replace('"forward-model"', f'"{method}"')
+    text = (EXAMPLES / f"train-{name}-measured.toml").read_text().replace('"forward-model"', f'"{method}"')
     if method == "ambient":
         text = text.replace("sigma_center = -1.8", "sigma_center = -1.2").replace(
             "sigma_min = 0.01", "sigma_min = 0.02"

@@ -96,14 +96,16 @@ def test_of_a_unitary_operator_the_inputs_are_edms() -> None:
         torch.testing.assert_close(signal(network, inputs, level), edm, atol=2e-3, rtol=2e-3)  # type: ignore[arg-type]
 
 
-def test_lifts_are_linear_in_y_and_steps_bring_them_nearer(examples: list[Example]) -> None:
+def test_lifts_scale_with_y_and_steps_bring_them_nearer(examples: list[Example]) -> None:
     A, d = examples[2].operator, 0.5
     g = torch.Generator().manual_seed(3)
     x = torch.nn.functional.avg_pool2d(torch.randn(1, 1, 13, 12, generator=g), 3, 1, 1)
     chosen, s = torch.arange(11) % 2 == 0, 0.05
     y = A.forward(x)
-    one, two, both = (examples[2].lift(v, chosen, s, d, 3).image for v in (y, y.flip(-1), 2 * y - y.flip(-1)))
+    one, two, both = (examples[2].lift(v, chosen, s, d).image for v in (y, y.flip(-1), 2 * y - y.flip(-1)))
     torch.testing.assert_close(2 * one - two, both, atol=1e-5, rtol=1e-4)
+    one, two = (examples[2].lift(v, chosen, s, d, 3).image for v in (y, -3 * y))
+    torch.testing.assert_close(-3 * one, two, atol=1e-5, rtol=1e-4)
     b = A.adjoint(examples[2].mask(chosen) * y)
     columns = [A.adjoint(examples[2].mask(chosen) * A.forward(e.view(1, 1, 13, 12))).flatten() for e in torch.eye(156)]
     best = torch.linalg.solve(torch.stack(columns) + s**2 / d**2 * torch.eye(156), b.flatten()).view_as(x)

@@ -1,11 +1,11 @@
-"""How measurements see an image, and lifts: images made of measurements by one adjoint and one filter.
+"""How measurements see an image, and lifts: images made of measurements by one adjoint and a filter, or a few steps.
 
 A lift is the best circulant filter of b = A^H y for white images x ~ N(0, d^2 I): in the Fourier domain
 h = d^2 c / (d^2 r + s^2 c), with c the diagonal of A^H A there, r the squared norm of its rows (what aliases into a
 frequency) and s the noise of y. It is linear in y, costs one adjoint, is filtered backprojection with a noise-dependent
 window for CT, and for a unitary A exactly EDM's c_skip x. Of white images it recovers the share h c of a frequency's
 variance: this is what coverage maps, the fusion of two lifts and the preconditioning of the network are made of.
-A few steps of Richardson's iteration with this filter, linear in y too, make up for what of A is not circulant.
+Where A is far from circulant, as under ray weights, a few steps of CG for the same estimate take the filter's place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from invdiff.linalg import cg
 from invdiff.noise import KeyedNoise
 
 STEP = -3  # of the keyed noise that probes an operator
@@ -111,9 +112,11 @@ def lift(
     normal: Callable[[Tensor], Tensor] | None = None,
     steps: int = 1,
 ) -> Lift:
-    """The lift of b = A^H y: ``steps`` of x <- x + h (b - A^H A x - (s / d)^2 x) from 0, h the filter above.
+    """The lift of b = A^H y: one step is the filter above, more are CG's from 0 for (A^H A + (s / d)^2) x = b.
 
-    Their fixed point is the best linear estimate of white images, which for a unitary A the first step gives.
+    Their limit is the best linear estimate of white images, which for a unitary A either gives at once. No filter
+    knows the eigenvalues of A^H A under ray weights, and steps that trust one diverge there; three of CG have the
+    coarse structure that filtered backprojection has. They are homogeneous in y, not linear before they converge.
 
     Args:
         b: (s c h w).
@@ -121,16 +124,17 @@ def lift(
         noise: standard deviation s of a real component of y, (s).
         deviation: d, of images in prior units.
         normal: x -> A^H A x, for more than one step.
-        steps: each after the first costs one product with A^H A.
+        steps: of more than one each costs a product with A^H A.
     """
     c, power, square = response.transfer, deviation**2, noise.to(b)[:, None, None, None].square()
     loss = power * response.power + square * c
     h = torch.where(c > 0, power * c / loss.clamp_min(torch.finfo(c.dtype).tiny), 0.0)
-    image = _filtered(h, b)
-    for _ in range(steps - 1):
-        if normal is None:
-            raise ValueError(f"{steps} steps of a lift need A^H A; give it, or 1 step")
-        image = image + _filtered(h, b - normal(image) - square / power * image)
+    if steps == 1:
+        image = _filtered(h, b)
+    elif normal is None:
+        raise ValueError(f"{steps} steps of a lift need A^H A; give it, or 1 step")
+    else:
+        image = cg(lambda v: normal(v) + square / power * v, b, iterations=steps)
     kept = (h * c).clamp(0, MOST)
     return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
 
