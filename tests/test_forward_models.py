@@ -252,9 +252,9 @@ class Exact:
 
     def _undone(self, image: Tensor, operator: Rows, s: float) -> Tensor:
         """A^H y (s N) of what the network is shown of its lift."""
-        one = replace(operator, slices=1)
-        unit = torch.eye(N, dtype=torch.float64).view(N, 1, H, W)
-        found = lift(unit, response_of(one), torch.full((N,), s), self.info.sigma_data)
+        one, many = replace(operator, slices=1), replace(operator, slices=N)
+        unit = torch.linalg.pinv(one.matrix.T)  # y with A^H y a unit image, on what A^H reaches
+        found = lift(many, unit.T if False else unit, response_of(one), s, self.info.sigma_data)
         columns = found.image / (self.info.sigma_data * found.recovered.sqrt())
         return torch.linalg.solve(columns.flatten(1).T, image.flatten(1).T).T
 

@@ -68,11 +68,8 @@ class Example:
             return nothing(torch.empty(self.operator.domain.shape, device=self.y.device))
         if self.response is None:
             raise ValueError(f"{self.source} has an operator without a response; a linear one is wanted")
-        operator, mask = self.operator, self.mask(chosen)
-        b = operator.adjoint(mask * y)
-        level = torch.full((len(b),), noise, device=b.device)
-        share = self.response.share(count / self.views)
-        return lift(b, share, level, deviation, lambda x: operator.adjoint(mask * operator.forward(x)), steps)
+        response = self.response.share(count / self.views)
+        return lift(self.operator, y, response, noise, deviation, steps, self.mask(chosen))
 
     def misfit(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """||A x - y||^2 over the views that ``chosen`` marks, by the number of real measurements: ()."""
@@ -139,6 +136,11 @@ class Multiple:
     @property
     def views(self) -> tuple[int, ...]:
         return tuple(getattr(self.operator, "views", ()))
+
+    @property
+    def row_weights(self) -> Tensor | None:
+        weights: Tensor | None = getattr(self.operator, "row_weights", None)
+        return weights
 
     def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
         return self.operator.part(y, index)

@@ -10,7 +10,6 @@ A few steps of Richardson's iteration with this filter, linear in y too, make up
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ STEP = -3  # of the keyed noise that probes an operator
 BOX = 5  # pixels over whose square estimates are averaged: probes are few
 RINGS = ((0.0, 1), (2.5, 3), (6.0, 5))  # cycles an image from which on, and frequencies over whose square, likewise
 LEAST = 0.03  # of the most that a frequency's transfer can be, its row's norm: no lift loses a frequency
+SMOOTH = 8.0  # variance of a row's signal over that of white images: bodies are smooth, and rows add them up
 MOST = 1 - 1e-4  # of a frequency's variance that a lift is believed to recover: images are not white
 
 
@@ -66,15 +66,19 @@ class Lift(NamedTuple):
 def response_of(operator: Any, probes: int = 6) -> Response:
     """The response of a linear operator, estimated with white images, the same at every call.
 
+    Rows that whitening weighted are taken as if it had not: see ``lift``.
+
     Args:
         operator: linear, in prior units with norm about 1, on real images (s c h w).
         probes: products with A^H A.
     """
     like = torch.empty(operator.domain.shape, dtype=operator.domain.dtype, device=getattr(operator, "device", "cpu"))
+    weights = weights_of(operator)
+    even = None if weights is None else _equaliser(weights, 0.0)
     cross, power, energy, where, square = (torch.zeros((), device=like.device) for _ in range(5))
     for draw in range(probes):
         x = KeyedNoise()(STEP, like[:1], draw).expand(like.shape).clone()  # the same for all, alone or among others
-        b = operator.normal(x)
+        b = operator.normal(x) if even is None else operator.adjoint(even * operator.forward(x))
         X, B = torch.fft.fft2(x), torch.fft.fft2(b)
         cross, power, energy = cross + (X.conj() * B).real, power + B.abs().square(), energy + X.abs().square()
         where, square = where + (x * b).sum(1, keepdim=True), square + x.square().sum(1, keepdim=True)
@@ -103,34 +107,53 @@ def _smooth(v: Tensor, box: int) -> Tensor:
     return F.avg_pool2d(wide, (2 * half[0] + 1, 2 * half[1] + 1), 1)
 
 
-def lift(
-    b: Tensor,
-    response: Response,
-    noise: Tensor,
-    deviation: float,
-    normal: Callable[[Tensor], Tensor] | None = None,
-    steps: int = 1,
-) -> Lift:
-    """The lift of b = A^H y: ``steps`` of x <- x + h (b - A^H A x - (s / d)^2 x) from 0, h the filter above.
+def weights_of(operator: Any) -> Tensor | None:
+    """What whitening multiplied each measurement by, relative to their mean square; None where it was nothing."""
+    weights = getattr(operator, "row_weights", None)
+    return None if weights is None else weights / weights.square().mean().sqrt()
 
-    Their fixed point is the best linear estimate of white images, which for a unitary A the first step gives.
+
+def _equaliser(weights: Tensor, noise_ratio: float) -> Tensor:
+    """(1 + t) / (w^2 + t): undoes weights w, but of rows whose signal is below the noise."""
+    t = max(noise_ratio, LEAST**2)
+    return (1 + t) / (weights.square() + t)
+
+
+def lift(
+    operator: Any, y: Tensor, response: Response, noise: float, deviation: float, steps: int = 1, mask: Any = 1.0
+) -> Lift:
+    """The lift of y: ``steps`` of x <- x + h (A^H D (y - A x) - (s / d)^2 x) from 0, h the filter above.
+
+    For a unitary A the first step is the best linear estimate of white images, and the others stay there. D is the
+    identity, or undoes the weights of whitening, which are far from circulant (photon counts of a body's rays differ by
+    orders of magnitude), where the signal is above the noise.
 
     Args:
-        b: (s c h w).
-        response: of A.
-        noise: standard deviation s of a real component of y, (s).
+        operator: A, linear.
+        y: (s ...).
+        response: of A, or of the part of it that ``mask`` leaves.
+        noise: standard deviation s of a real component of y.
         deviation: d, of images in prior units.
-        normal: x -> A^H A x, for more than one step.
         steps: each after the first costs one product with A^H A.
+        mask: 1 for the measurements that are used, else 0.
     """
-    c, power, square = response.transfer, deviation**2, noise.to(b)[:, None, None, None].square()
-    loss = power * response.power + square * c
+    power, square, even, kept_rows, loud = deviation**2, noise**2, mask, (1.0, 1.0), 1.0
+    weights = weights_of(operator)
+    if weights is not None:
+        signal = SMOOTH * power * float(response.transfer.mean()) * response.transfer[0].numel() / weights[0].numel()
+        D = _equaliser(weights, square / signal)
+        gain = D * weights.square()
+        even, kept_rows = mask * D, (float(gain.mean()), float(gain.square().mean()))
+        loud = float((D * gain).mean())
+    c, square_c = kept_rows[0] * response.transfer, kept_rows[0] ** 2 * response.transfer.square()
+    rows = square_c + kept_rows[1] * (response.power - response.transfer.square())
+    loss = power * rows + square * loud * response.transfer
     h = torch.where(c > 0, power * c / loss.clamp_min(torch.finfo(c.dtype).tiny), 0.0)
+    b = operator.adjoint(even * y)
     image = _filtered(h, b)
     for _ in range(steps - 1):
-        if normal is None:
-            raise ValueError(f"{steps} steps of a lift need A^H A; give it, or 1 step")
-        image = image + _filtered(h, b - normal(image) - square / power * image)
+        again = operator.adjoint(even * operator.forward(image))
+        image = image + _filtered(h, b - again - loud / kept_rows[0] * square / power * image)
     kept = (h * c).clamp(0, MOST)
     return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
 

@@ -98,10 +98,9 @@ class ForwardModelDiffusion:
             raise ValueError(
                 f"guidance is {self.guidance} and the model {info.name!r} knows no empty context; 1 is wanted"
             )
-        noise = torch.full((len(problem.y),), problem.sigma_y, device=problem.y.device)
         response = response_of(A)
         _check_noise(problem, info, response)
-        context = lift(A.adjoint(problem.y), response, noise, info.sigma_data, A.normal, info.lift_steps)
+        context = lift(A, problem.y, response, problem.sigma_y, info.sigma_data, info.lift_steps)
         operator, _ = self._target(problem, info)
         y_t = torch.zeros(operator.range.shape, dtype=operator.range.dtype, device=problem.y.device)
         start = self._levels(info)[0] * _white(problem, -1, y_t)
@@ -114,8 +113,7 @@ class ForwardModelDiffusion:
         operator, response = self._target(problem, info)
         grid = self._levels(info)
         s, A = grid[i], operator
-        level = torch.full((len(y_t),), s, device=y_t.device)
-        target = lift(A.adjoint(y_t), response, level, info.sigma_data, A.normal, info.lift_steps)
+        target = lift(A, y_t, response, s, info.sigma_data, info.lift_steps)
         x = _denoised(problem, Lift(*context), target, s, info.sigma_data)
         if self.guidance != 1:
             free = _denoised(problem, nothing(x), target, s, info.sigma_data)
