@@ -252,11 +252,11 @@ class Exact:
 
     def _undone(self, image: Tensor, operator: Rows, s: float) -> Tensor:
         """A^H y (s N) of what the network is shown of its lift."""
-        one, many = replace(operator, slices=1), replace(operator, slices=N)
-        unit = torch.linalg.pinv(one.matrix.T)  # y with A^H y a unit image, on what A^H reaches
-        found = lift(many, unit.T if False else unit, response_of(one), s, self.info.sigma_data)
-        columns = found.image / (self.info.sigma_data * found.recovered.sqrt())
-        return torch.linalg.solve(columns.flatten(1).T, image.flatten(1).T).T
+        one, m = replace(operator, slices=1), len(operator.matrix)
+        unit = torch.eye(m, dtype=torch.float64)
+        found = lift(replace(operator, slices=m), unit, response_of(one), s, self.info.sigma_data)
+        columns = (found.image / (self.info.sigma_data * found.recovered.sqrt())).flatten(1).T
+        return torch.linalg.lstsq(columns, image.flatten(1).T, driver="gelsd").solution.T @ operator.matrix
 
 
 def sampling(target: Tensor, slices: int, sigma_y: float = SIGMA, seed: int = 0, **info: Any) -> Problem:

@@ -85,7 +85,7 @@ def test_of_a_unitary_operator_the_inputs_are_edms() -> None:
     operator = lines(0, coils=1, kept=12)
     x = torch.randn(operator.domain.shape, generator=torch.Generator().manual_seed(0))
     for s in (0.03, 0.5, 7.0):
-        seen = lift(operator.adjoint(operator.forward(x)), response_of(operator), torch.tensor([s]), 0.5)
+        seen = lift(operator, operator.forward(x), response_of(operator), s, 0.5)
         inputs, level = inputs_of(nothing(x), seen, 0.5), torch.tensor([s])
         torch.testing.assert_close(inputs.seen[:, :2], x / (s**2 + 0.25) ** 0.5, atol=1e-3, rtol=1e-3)
 

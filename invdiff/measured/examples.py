@@ -110,7 +110,7 @@ def density_of(operator: Any, response: Response) -> float:
     has_views = bool(getattr(operator, "views", ()))
     count = int((view_of(operator) >= 0).sum()) if has_views else math.prod(operator.range.shape)
     parts = 2 if operator.range.dtype.is_complex else 1
-    return float(response.transfer.sum()) / (parts * max(1, count))
+    return float(response.trace.sum()) / (parts * max(1, count))
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,9 @@ def alike(examples: Sequence[Example], density: float | None = None) -> list[Exa
 
 def _scaled(e: Example, factor: float) -> Example:
     r = e.response
-    response = None if r is None else Response(factor**2 * r.transfer, factor**4 * r.power, r.where)
+    response = (
+        None if r is None else Response(factor**2 * r.transfer, factor**4 * r.power, r.where, factor**2 * r.trace)
+    )
     operator, density = Multiple(e.operator, factor), factor**2 * e.density
     return replace(e, operator=operator, y=factor * e.y, sigma=factor * e.sigma, response=response, density=density)
 

@@ -29,18 +29,22 @@ MOST = 1 - 1e-4  # of a frequency's variance that a lift is believed to recover:
 class Response(NamedTuple):
     """What A^H A does to white images.
 
-    transfer: the diagonal of A^H A in the Fourier domain (s c h w); power: squared norms of its rows there (s c h w);
-    where: its diagonal over pixels, mean 1 (s 1 h w).
+    transfer: the diagonal of A^H A in the Fourier domain (s c ...); power: squared norms of its rows there (s c ...),
+    both at the frequencies of ``rfft2`` of images that are padded to about twice their size; where: its diagonal
+    over pixels, mean 1 (s 1 h w); trace: its trace (s).
     """
 
     transfer: Tensor
     power: Tensor
     where: Tensor
+    trace: Tensor
 
     def share(self, part: float) -> Response:
         """Of a part of the views, chosen at random: the diagonal is theirs, what they alias adds as if unrelated."""
         square = self.transfer.square()
-        return Response(part * self.transfer, part**2 * square + part * (self.power - square), self.where)
+        return Response(
+            part * self.transfer, part**2 * square + part * (self.power - square), self.where, part * self.trace
+        )
 
     def to(self, device: torch.device | str) -> Response:
         """The same on ``device``."""
@@ -50,7 +54,7 @@ class Response(NamedTuple):
 class Lift(NamedTuple):
     """image: (s c h w), prior units about 0; coverage: of each pixel in [0, 1] or so (s 1 h w).
 
-    kept: share of a white image's variance that the lift recovers, of each frequency (s c h w), in [0, 1).
+    kept: share of a white image's variance that the lift recovers, of each frequency (s c ...), in [0, 1).
     """
 
     image: Tensor
@@ -87,7 +91,23 @@ def response_of(operator: Any, probes: int = 6) -> Response:
     transfer = torch.maximum(_by_ring(cross) / energy, LEAST * power.sqrt())
     place = (_smooth(where, BOX) / _smooth(square, BOX)).clamp_min(0)
     mean = place.mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(place.dtype).tiny)
-    return Response(transfer, torch.maximum(power, transfer.square()), place / mean)
+    power = torch.maximum(power, transfer.square())
+    return Response(_wide(transfer), _wide(power), place / mean, transfer.sum((1, 2, 3)))
+
+
+def _margins(h: int, w: int) -> tuple[int, int, int, int]:
+    """Pixels by which an image is padded before it is filtered: a backprojection does not end at the edge."""
+    return (w // 2, w // 2, h // 2, h // 2)
+
+
+def _wide(v: Tensor) -> Tensor:
+    """A function of the frequency (s c h w), interpolated to the half plane of the padded image's."""
+    (h, w), m = v.shape[-2:], _margins(*v.shape[-2:])
+    size = h + m[2] + m[3], w + m[0] + m[1]
+    cycles = torch.fft.fftfreq(size[0], device=v.device), torch.fft.rfftfreq(size[1], device=v.device)
+    places = [2 * (n // 2 + n * f.to(v.dtype)) / (n - 1) - 1 for n, f in zip((h, w), cycles, strict=True)]
+    grid = torch.stack(torch.meshgrid(*places, indexing="ij")[::-1], -1).expand(len(v), -1, -1, -1)
+    return F.grid_sample(torch.fft.fftshift(v, dim=(-2, -1)), grid, padding_mode="border", align_corners=True)
 
 
 def _by_ring(v: Tensor) -> Tensor:
@@ -140,7 +160,7 @@ def lift(
     power, square, even, kept_rows, loud = deviation**2, noise**2, mask, (1.0, 1.0), 1.0
     weights = weights_of(operator)
     if weights is not None:
-        signal = SMOOTH * power * float(response.transfer.mean()) * response.transfer[0].numel() / weights[0].numel()
+        signal = SMOOTH * power * float(response.trace.mean()) / weights[0].numel()
         D = _equaliser(weights, square / signal)
         gain = D * weights.square()
         even, kept_rows = mask * D, (float(gain.mean()), float(gain.square().mean()))
@@ -159,13 +179,19 @@ def lift(
 
 
 def _filtered(h: Tensor, b: Tensor) -> Tensor:
-    return torch.fft.ifft2(h * torch.fft.fft2(b)).real
+    """b (s c h w) under a filter over the frequencies of the padded image."""
+    rows, columns = b.shape[-2:]
+    left, _, top, _ = margins = _margins(rows, columns)
+    wide = F.pad(b, margins, mode="replicate")
+    out = torch.fft.irfft2(h * torch.fft.rfft2(wide), s=wide.shape[-2:])
+    return out[..., top : top + rows, left : left + columns]
 
 
 def nothing(like: Tensor) -> Lift:
     """The lift of no measurements: of the shape of ``like`` (s c h w)."""
-    zero = torch.zeros_like(like)
-    return Lift(zero, zero[:, :1], zero)
+    zero, (h, w) = torch.zeros_like(like), like.shape[-2:]
+    kept = zero.new_zeros((*like.shape[:2], h + 2 * (h // 2), (w + 2 * (w // 2)) // 2 + 1))
+    return Lift(zero, zero[:, :1], kept)
 
 
 def fused(one: Lift, other: Lift) -> tuple[Tensor, Tensor]:
@@ -178,5 +204,5 @@ def fused(one: Lift, other: Lift) -> tuple[Tensor, Tensor]:
     left = 1 / (1 / a + 1 / b - 1)
     if not bool((one.kept > 0).any()):
         return other.image, b.mean((1, 2, 3), keepdim=True)
-    image = torch.fft.ifft2(left * (torch.fft.fft2(one.image) / a + torch.fft.fft2(other.image) / b)).real
+    image = _filtered(left / a, one.image) + _filtered(left / b, other.image)
     return image, left.mean((1, 2, 3), keepdim=True)
