@@ -94,6 +94,12 @@ class ScaledLinear:
         return self.norm * own(y) if own is not None else self.norm * self.operator.adjoint(y)
 
     @property
+    def row_weights(self) -> Tensor | None:
+        """What whitening multiplied each measurement by, up to a number; None where it was nothing."""
+        weights: Tensor | None = getattr(self.operator, "row_weights", None)
+        return weights
+
+    @property
     def views(self) -> tuple[int, ...]:
         """What can be split, none where the operator has no views."""
         return tuple(getattr(self.operator, "views", ()))

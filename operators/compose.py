@@ -57,6 +57,11 @@ class Whitened(Composition):
         """W y: the measurements of this operator, from those of A."""
         return self.outer.forward(y)
 
+    @property
+    def row_weights(self) -> Tensor | None:
+        """W, where it is a tensor."""
+        return self.outer.diagonal.abs().expand(self.range.shape) if isinstance(self.outer, Diagonal) else None
+
     def zero_filled(self, y: Tensor) -> Tensor:
         """A's ``zero_filled`` of the measurements before whitening."""
         return self.inner.zero_filled(self.outer.pinv(y))

@@ -152,6 +152,11 @@ class LinearOperatorBase(ABC):
         return linalg.power_norm(self.normal, start, iterations)
 
     @property
+    def row_weights(self) -> Tensor | None:
+        """What whitening multiplied each measurement by, real, the shape of the range; None where there is no such."""
+        return None
+
+    @property
     def views(self) -> tuple[int, ...]:
         """What ``split`` chooses from: numbers of views, lines or readouts; none where there are none."""
         return ()
@@ -321,6 +326,11 @@ class Composition(LinearOperatorBase):
         first = None if x0 is None else self.inner.forward(x0)
         return self.inner.adjoint(self.outer.solve(self.inner.forward(rhs), rho, first, iterations, tolerance))
 
+    @property
+    def row_weights(self) -> Tensor | None:
+        """Those of A."""
+        return self.outer.row_weights
+
     def pinv(self, y: Tensor) -> Tensor:
         """B's ``pinv`` of A's ``pinv``."""
         return self.inner.pinv(self.outer.pinv(y))
@@ -385,6 +395,11 @@ class Scaled(LinearOperatorBase):
         """(A^H A + rho/c^2 I)^-1 rhs / c^2, which keeps A's closed form."""
         self._check_rho(rho)
         return self.operator.solve(rhs / self.scale**2, rho / self.scale**2, x0, iterations, tolerance)
+
+    @property
+    def row_weights(self) -> Tensor | None:
+        """Those of A: c is in all of them."""
+        return self.operator.row_weights
 
     def pinv(self, y: Tensor) -> Tensor:
         """A's ``pinv``, divided by c."""

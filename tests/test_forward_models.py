@@ -165,7 +165,7 @@ def error_of(net: Linear, s: float, count: int = 300) -> float:
     m = len(MATRIX)
     zs = torch.randn(count, N + 2 * m, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     examples, part = part_of(zs, s, operator)
-    task = ForwardModelTask(examples, ForwardModelMethod(lift_steps=1), MeasuredLearning(), INFO)
+    task = ForwardModelTask(examples, ForwardModelMethod(), MeasuredLearning(), INFO)
     noisy = [e.y + (s**2 - SIGMA**2) ** 0.5 * n for e, n in zip(examples, part.noise, strict=True)]
     x = signal(net, task.inputs(examples, part, noisy), part.sigma.double()).flatten(1).detach()
     b_c = torch.cat([e.y for e in examples])[:, ROLES == CONTEXT] @ A_C
@@ -179,7 +179,7 @@ def test_the_optimum_of_the_loss_is_the_conditional_mean(s: float, weights: tupl
     """Over all of p(x, noise): the loss is quadratic, so that a few points give its mean exactly."""
     m = len(MATRIX)
     examples, part = part_of(exact_points(N + 2 * m), s, Rows(MATRIX))
-    method = ForwardModelMethod(lift_steps=1, held_weight=weights[0], target_weight=weights[1])
+    method = ForwardModelMethod(held_weight=weights[0], target_weight=weights[1])
     task = ForwardModelTask(examples, method, MeasuredLearning(), INFO)
     net = solved(task, part)
     assert error_of(net, s) < 0.02
@@ -205,9 +205,7 @@ def test_the_loss_on_the_target_itself_would_copy_its_noise() -> None:
 
     found = []
     for task in (Copied, ForwardModelTask):
-        made = task(
-            examples, ForwardModelMethod(lift_steps=1, held_weight=0.0, target_weight=1.0), MeasuredLearning(), INFO
-        )
+        made = task(examples, ForwardModelMethod(held_weight=0.0, target_weight=1.0), MeasuredLearning(), INFO)
         net = solved(made, part)  # the conditional mean, from the held-out rows
         gradients = torch.autograd.grad(made.loss(net, part, None), list(net.parameters()))
         found.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
@@ -222,7 +220,7 @@ def test_training_on_measurements_reaches_what_training_on_signals_does_as_scans
     for count in (150, 500, 1500):
         zs = torch.randn(count, N + 2 * m, generator=generator, dtype=torch.float64)
         examples, part = part_of(zs, s, Rows(MATRIX))
-        task = ForwardModelTask(examples, ForwardModelMethod(lift_steps=1), MeasuredLearning(), INFO)
+        task = ForwardModelTask(examples, ForwardModelMethod(), MeasuredLearning(), INFO)
         errors["measurements"].append(error_of(solved(task, part), s))
         errors["signals"].append(error_of(solved(task, part, MEAN + zs[:, :N] @ root.T), s))
     for found in errors.values():
@@ -254,11 +252,11 @@ class Exact:
 
     def _undone(self, image: Tensor, operator: Rows, s: float) -> Tensor:
         """A^H y (s N) of what the network is shown of its lift."""
-        one = replace(operator, slices=1)
-        unit = torch.eye(N, dtype=torch.float64).view(N, 1, H, W)
-        found = lift(unit, response_of(one), torch.full((N,), s), self.info.sigma_data)
-        columns = found.image / (self.info.sigma_data * found.recovered.sqrt())
-        return torch.linalg.solve(columns.flatten(1).T, image.flatten(1).T).T
+        one, m = replace(operator, slices=1), len(operator.matrix)
+        unit = torch.eye(m, dtype=torch.float64)
+        found = lift(replace(operator, slices=m), unit, response_of(one), s, self.info.sigma_data)
+        columns = (found.image / (self.info.sigma_data * found.recovered.sqrt())).flatten(1).T
+        return torch.linalg.lstsq(columns, image.flatten(1).T, driver="gelsd").solution.T @ operator.matrix
 
 
 def sampling(target: Tensor, slices: int, sigma_y: float = SIGMA, seed: int = 0, **info: Any) -> Problem:

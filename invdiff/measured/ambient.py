@@ -55,7 +55,7 @@ class AmbientMethod(Splitting, Method):
     dropped: float = 0.0
     seen_weight: float = 0.0
     unseen: float = 0.1
-    lift_steps: int = 3
+    lift_steps: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

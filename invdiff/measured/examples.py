@@ -70,11 +70,8 @@ class Example:
             return nothing(torch.empty(self.operator.domain.shape, device=self.y.device))
         if self.response is None:
             raise ValueError(f"{self.source} has an operator without a response; a linear one is wanted")
-        operator, mask = self.operator, self.mask(chosen)
-        b = operator.adjoint(mask * y)
-        level = torch.full((len(b),), noise, device=b.device)
-        share = self.response.share(count / self.views)
-        return lift(b, share, level, deviation, lambda x: operator.adjoint(mask * operator.forward(x)), steps)
+        response = self.response.share(count / self.views)
+        return lift(self.operator, y, response, noise, deviation, steps, self.mask(chosen))
 
     def misfit(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """||A x - y||^2 over the views that ``chosen`` marks, by the number of real measurements: ()."""
@@ -118,7 +115,7 @@ def density_of(operator: Any, response: Response) -> float:
     has_views = bool(getattr(operator, "views", ()))
     count = int((view_of(operator) >= 0).sum()) if has_views else math.prod(operator.range.shape)
     parts = 2 if operator.range.dtype.is_complex else 1
-    return float(response.transfer.sum()) / (parts * max(1, count))
+    return float(response.trace.sum()) / (parts * max(1, count))
 
 
 @dataclass(frozen=True)
@@ -144,6 +141,11 @@ class Multiple:
     @property
     def views(self) -> tuple[int, ...]:
         return tuple(getattr(self.operator, "views", ()))
+
+    @property
+    def row_weights(self) -> Tensor | None:
+        weights: Tensor | None = getattr(self.operator, "row_weights", None)
+        return weights
 
     def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
         return self.operator.part(y, index)
@@ -178,7 +180,9 @@ def alike(examples: Sequence[Example], density: float | None = None) -> list[Exa
 
 def _scaled(e: Example, factor: float) -> Example:
     r = e.response
-    response = None if r is None else Response(factor**2 * r.transfer, factor**4 * r.power, r.where)
+    response = (
+        None if r is None else Response(factor**2 * r.transfer, factor**4 * r.power, r.where, factor**2 * r.trace)
+    )
     operator, density = Multiple(e.operator, factor), factor**2 * e.density
     return replace(e, operator=operator, y=factor * e.y, sigma=factor * e.sigma, response=response, density=density)
 

@@ -60,7 +60,7 @@ class ForwardModelMethod(Splitting, Method):
     held_weight: float = 1.0
     target_weight: float = 0.0
     context_weight: float = 0.0
-    lift_steps: int = 3
+    lift_steps: int = 2
     unseen: float = 0.15
 
     def __post_init__(self) -> None:

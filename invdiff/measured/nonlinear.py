@@ -79,7 +79,8 @@ def features(
     if tuple(found.shape) != tuple(operator.domain.shape):
         raise ValueError(f"the operator lifts to {tuple(found.shape)}; the image's {operator.domain.shape} is wanted")
     share = torch.full_like(found[:, :1], len(operator.views if chosen is None else chosen) / VIEWS)
-    return Lift(deviation * KEPT**0.5 * found, share, torch.full_like(found, KEPT))
+    kept = torch.full_like(nothing(found).kept, KEPT)
+    return Lift(deviation * KEPT**0.5 * found, share, kept)
 
 
 def nonlinear_example_of(operator: Any, y: Tensor, sigma: float, source: str = "the scan") -> NonlinearExample:

@@ -43,7 +43,7 @@ class OneStepMethod(Method):
 
     context: tuple[float, float] = (0.05, 0.95)
     unseen: float = 0.1
-    lift_steps: int = 3
+    lift_steps: int = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "context", tuple(self.context))

@@ -178,8 +178,7 @@ def _lifted(problem: Problem, operator: Any, response: Response | None, y: Tenso
     info = _model_of(problem)
     if response is None:
         return features(operator, y, noise, info.sigma_data, scale_of(problem.y))
-    level = torch.full((len(y),), noise, device=y.device)
-    return lift(operator.adjoint(y), response, level, info.sigma_data, operator.normal, info.lift_steps)
+    return lift(operator, y, response, noise, info.sigma_data, info.lift_steps)
 
 
 def _white(problem: Problem, step: int, like: Tensor) -> Tensor:
