@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import measured_data as source
 import numpy as np
@@ -34,7 +34,7 @@ from invdiff.files import whole_file
 from invdiff.measured import example_of
 from invdiff.measured.one_step import one_step
 from invdiff.metrics import psnr, ssim
-from invdiff.operators import RealChannels
+from invdiff.pipelines.mri import MRIConfig, as_seen_by, way_of
 from invdiff.pipelines.scans import operator_of
 from invdiff.priors import NoPrior, load
 from invdiff.priors.model import fast_dtype
@@ -103,12 +103,24 @@ def scans_of(name: str, slices: source.Slices, context: str) -> list[Measurement
     return list(source.ct_scans(slices, source.spread_views(len(slices.fine), int(context.split()[0])), SEED))
 
 
-def repeated(scan: Measurements, count: int) -> tuple[Any, Tensor, float]:
-    """Operator, y and sigma_y of a scan ``count`` times over, for as many samples; complex images as two channels."""
-    operator, y, sigma = operator_of(_copies(scan, count))
-    if operator.domain.dtype.is_complex:
-        operator = operator @ RealChannels(operator.domain.shape, operator.domain.dtype)
-    return operator, y, sigma
+class Problem(NamedTuple):
+    """A scan some times over: operator on real images, y, its noise, and the prior as it serves them."""
+
+    operator: Any
+    y: Tensor
+    sigma: float
+    prior: Any
+
+
+def problem_of(scan: Measurements, count: int, prior: Any, sampler: Any) -> Problem:
+    """The scan ``count`` times over, for as many samples; complex images as two channels, in the prior's unit."""
+    whole = as_seen_by(_copies(scan, count), sampler)
+    operator, y, sigma = operator_of(whole)
+    if not operator.domain.dtype.is_complex:
+        return Problem(operator, y, sigma, prior)
+    way = way_of(whole, operator, y, sampler, MRIConfig(channels="complex"), False)
+    assert way is not None
+    return Problem(way.operator, y, sigma, way.wrap(prior))
 
 
 def _copies(scan: Measurements, count: int) -> Measurements:
@@ -129,24 +141,24 @@ def visible(x: Tensor) -> Tensor:
 
 def samples_of(scan: Measurements, model: Any) -> Tensor:
     """Eight samples (s c h w) of a forward model."""
-    operator, y, sigma = repeated(scan, SAMPLES)
-    return reconstruct(y, operator, model, ForwardModelDiffusion(steps=STEPS), sigma, seed=SEED).x
+    sampler = ForwardModelDiffusion(steps=STEPS)
+    return point(scan, model, sampler, SAMPLES)
 
 
 def image_of(scan: Measurements, model: Any) -> Tensor:
     """The image (1 c h w) of a one-step model."""
-    operator, y, sigma = repeated(scan, 1)
-    prepared = prepare(y, operator, model, sigma)
+    made = problem_of(scan, 1, model, ForwardModelDiffusion())
+    prepared = prepare(made.y, made.operator, made.prior, made.sigma)
     p = prepared.problem
     with torch.no_grad():
         x = one_step(model.network, model.info, example_of(p.operator, p.y, p.sigma_y))
     return prepared.to_physical(x)
 
 
-def point(scan: Measurements, prior: Any, sampler: Any) -> Tensor:
-    """The image (1 c h w) of a sampler that gives one."""
-    operator, y, sigma = repeated(scan, 1)
-    return reconstruct(y, operator, prior, sampler, sigma, seed=SEED).x
+def point(scan: Measurements, prior: Any, sampler: Any, count: int = 1) -> Tensor:
+    """The image, or images, of a sampler: (s c h w)."""
+    made = problem_of(scan, count, prior, sampler)
+    return reconstruct(made.y, made.operator, made.prior, sampler, made.sigma, seed=SEED).x
 
 
 def scored(images: list[Tensor], truth: Tensor, name: str) -> dict[str, float]:
