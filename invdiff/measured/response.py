@@ -24,6 +24,7 @@ BOX = 5  # pixels over whose square estimates are averaged: probes are few
 RINGS = ((0.0, 1), (2.5, 3), (6.0, 5))  # cycles an image from which on, and frequencies over whose square, likewise
 LEAST = 0.03  # of the most that a frequency's transfer can be, its row's norm: no lift loses a frequency
 SMOOTH = 8.0  # variance of a row's signal over that of white images: bodies are smooth, and rows add them up
+NEAR = 0.97  # of a frequency's variance that steps of CG are believed to recover where noise does not limit them
 LINEAR = 2  # steps of a lift that are linear in y
 MOST = 1 - 1e-4  # of a frequency's variance that a lift is believed to recover: images are not white
 
@@ -176,8 +177,9 @@ def lift(
     loss = power * rows + square * loud * response.transfer
     h = torch.where(c > 0, power * c / loss.clamp_min(torch.finfo(c.dtype).tiny), 0.0)
     if steps > LINEAR:
-        b = operator.adjoint(mask * y)
+        b, c = operator.adjoint(mask * y), response.transfer
         image = cg(lambda v: operator.adjoint(mask * operator.forward(v)) + square / power * v, b, iterations=steps)
+        h = NEAR / (c + square / power).clamp_min(torch.finfo(c.dtype).tiny)
     else:
         b = operator.adjoint(even * y)
         image = _filtered(h, b)
