@@ -79,7 +79,7 @@ class Example:
         return residual.abs().square().sum() / (parts * mask.sum()).clamp_min(1)
 
     def filtered_misfit(self, x: Tensor, y: Tensor, chosen: Tensor, deviation: float) -> Tensor:
-        """The mean square of the lift of A x - y, of the views that ``chosen`` marks, over what it recovers of white: ().
+        """The mean square of the lift of A x - y, of the views ``chosen`` marks, over what it recovers of white: ().
 
         The same residual in a norm that is about the image's: A sees fine detail less than the rest, its lift does not.
         Its minimum is where that of ``misfit`` is, wherever the lift loses nothing.
