@@ -174,12 +174,12 @@ def error_of(net: Linear, s: float, count: int = 300) -> float:
 
 
 @pytest.mark.parametrize("s", [0.06, 0.3, 2.0])
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, 1.0)])
-def test_the_optimum_of_the_loss_is_the_conditional_mean(s: float, weights: tuple[float, float]) -> None:
+@pytest.mark.parametrize("weights", [(1.0, 0.0, 0.0), (1.0, 1.0, 0.0), (1.0, 0.5, 0.5), (1.0, 0.0, 1.0)])
+def test_the_optimum_of_the_loss_is_the_conditional_mean(s: float, weights: tuple[float, float, float]) -> None:
     """Over all of p(x, noise): the loss is quadratic, so that a few points give its mean exactly."""
     m = len(MATRIX)
     examples, part = part_of(exact_points(N + 2 * m), s, Rows(MATRIX))
-    method = ForwardModelMethod(held_weight=weights[0], target_weight=weights[1])
+    method = ForwardModelMethod(held_weight=weights[0], target_weight=weights[1], filtered=weights[2])
     task = ForwardModelTask(examples, method, MeasuredLearning(), INFO)
     net = solved(task, part)
     assert error_of(net, s) < 0.02

@@ -114,6 +114,26 @@ def test_lifts_scale_with_y_and_steps_bring_them_nearer(examples: list[Example])
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.3
 
 
+def test_lifts_undo_the_weights_of_photon_counts() -> None:
+    """Where the noise is small the lift is that of the scan before whitening; rays of weight 0 are left out."""
+    size = (16, 15)
+    A = ParallelBeam((1, 1, *size), [math.pi * k / 20 for k in range(20)]) / 20
+    x = torch.zeros(1, 1, *size)
+    x[..., 3:12, 4:11] = 0.7
+    y = A(x)
+    w = (-8 * y).exp() + 1e-3
+    plain, weighted = example_of(A, y, 1e-3), example_of(Whitened(A, w), w * y, 1e-3)
+    chosen = torch.ones(20)
+    one, two = (e.lift(e.y, chosen, 1e-4, 0.5, 2).image for e in (plain, weighted))
+    noisy = weighted.lift(weighted.y, chosen, 1e3, 0.5, 1).image  # at such noise they are kept
+    left = noisy / noisy.norm() * one.norm()
+    assert float((two - one).norm()) < 0.15 * float(one.norm()) < float((left - one).norm())
+    w[:, :, :3] = 0
+    dark = example_of(Whitened(A, w), w * y, 1e-3)
+    spoilt = dark.lift(dark.y, chosen, 1e-4, 0.5, 2).image
+    assert bool(torch.isfinite(spoilt).all())
+
+
 def test_coverage_is_the_share_that_is_seen(examples: list[Example]) -> None:
     some, more = (torch.arange(11) < n for n in (3, 9))
     covered = [float(examples[2].lift(examples[2].y, c, 0.05, 0.5).coverage.mean()) for c in (some * 0, some, more)]

@@ -51,6 +51,8 @@ class ForwardModelMethod(Splitting, Method):
             (1 - k) A_T x + k y_T^s with k = sigma_y^2 / s^2, whose optimum is the same (Moran et al., Noisier2Noise,
             2020). It teaches what the held-out views of a scan never see beside its context and target.
         context_weight: of the context's, for noiseless scans only.
+        filtered: share of the loss that is in the norm of the residual's lift, about the image's own; the rest is in
+            that of the measurements, fair to their noise, but they see fine detail little. The optimum is the same.
         lift_steps: iterations of a lift, see ``invdiff.measured.response.lift``.
         unseen: largest share of the image space that no scan sees, such as corners outside the field of view.
     """
@@ -60,6 +62,7 @@ class ForwardModelMethod(Splitting, Method):
     held_weight: float = 1.0
     target_weight: float = 0.0
     context_weight: float = 0.0
+    filtered: float = 0.5
     lift_steps: int = 2
     unseen: float = 0.15
 
@@ -69,6 +72,8 @@ class ForwardModelMethod(Splitting, Method):
         if min(weights) < 0 or sum(weights) == 0:
             raise ValueError(f"held_weight, target_weight, context_weight are {weights}; 0 or more and one above 0")
 
+        if not 0 <= self.filtered <= 1:
+            raise ValueError(f"filtered is {self.filtered}; a share in [0, 1] is wanted")
         if self.lift_steps < 1:
             raise ValueError(f"lift_steps is {self.lift_steps}; at least 1 is wanted")
 
@@ -197,13 +202,23 @@ class ForwardModelTask:
     def misfit(self, example: Example, x: Tensor, noisy: Tensor, roles: Tensor, sigma: float, spread: Tensor) -> Tensor:
         """The weighted misfit of one image (1 c h w), over what its expectation is about: ()."""
         method, keep = self.method, 1 - (example.sigma / sigma) ** 2
-        total = method.held_weight * example.misfit(x, example.y, roles == HELD)
+        total = method.held_weight * self._both(example, x, example.y, roles == HELD, spread)
         if method.target_weight and keep > 0:
             seen = (example.y - (1 - keep) * noisy) / keep
-            total = total + method.target_weight * keep**2 * example.misfit(x, seen, roles == TARGET)
-        if method.context_weight:
-            total = total + method.context_weight * example.misfit(x, example.y, roles == CONTEXT)
-        return total / (example.density * spread.square().mean() + example.sigma**2)
+            total = total + method.target_weight * keep**2 * self._both(example, x, seen, roles == TARGET, spread)
+        if method.context_weight and bool((roles == CONTEXT).any()):
+            total = total + method.context_weight * self._both(example, x, example.y, roles == CONTEXT, spread)
+        return total
+
+    def _both(self, example: Example, x: Tensor, y: Tensor, chosen: Tensor, spread: Tensor) -> Tensor:
+        """The misfit in the norm of the measurements, and in that of the image."""
+        share, square, total = self.method.filtered, spread.square().mean(), torch.zeros((), device=x.device)
+        if share < 1:
+            fit = example.misfit(x, y, chosen) / (example.density * square + example.sigma**2)
+            total = total + (1 - share) * fit
+        if share > 0:
+            total = total + share * example.filtered_misfit(x, y, chosen, self.info.sigma_data) / square
+        return total
 
 
 def noisy_target(example: Example, noise: Tensor, sigma: float) -> Tensor:
