@@ -46,6 +46,7 @@ class AmbientMethod(Splitting, Method):
             (masks, one coil), whose held-out views say nothing of what the shown ones see.
         unseen: largest share of the image space that no scan sees.
         lift_steps: iterations of a lift, see ``invdiff.measured.response.lift``.
+        filtered: share of the loss in the norm of the residual's lift, see ``ForwardModelMethod``.
     """
 
     name: ClassVar[str] = "ambient"
@@ -54,8 +55,9 @@ class AmbientMethod(Splitting, Method):
     target: tuple[float, float] = (0.6, 0.95)
     dropped: float = 0.0
     seen_weight: float = 0.0
-    unseen: float = 0.1
+    unseen: float = 0.15
     lift_steps: int = 2
+    filtered: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,12 +135,13 @@ class AmbientTask(ForwardModelTask):
         terms = []
         for k, (example, roles, sigma) in enumerate(zip(examples, part.roles, sigmas, strict=True)):
             one = x[k : k + 1]
-            total = example.misfit(one, example.y, roles == HELD)
+            total = self._both(example, one, example.y, roles == HELD, inputs.spread[k])
             keep = sigma**2 / (sigma**2 + example.sigma**2)
             if self.method.seen_weight:
                 seen = (example.y - (1 - keep) * noisy[k]) / keep
-                total = total + self.method.seen_weight * keep**2 * example.misfit(one, seen, roles == TARGET)
-            terms.append(total / (example.density * inputs.spread[k].square().mean() + example.sigma**2))
+                weight = self.method.seen_weight * keep**2
+                total = total + weight * self._both(example, one, seen, roles == TARGET, inputs.spread[k])
+            terms.append(total)
         return (part.weight * torch.stack(terms)).sum()
 
 

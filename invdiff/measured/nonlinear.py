@@ -44,6 +44,11 @@ class NonlinearExample(Example):
         residual = self.operator.split(index).forward(x) - self.operator.part(y, index)
         return residual.abs().square().mean() / (2 if residual.is_complex() else 1)
 
+    def filtered_misfit(self, x: Tensor, y: Tensor, chosen: Tensor, deviation: float) -> Tensor:
+        """``misfit`` over the measurements' own mean square: nothing filters what is not linear."""
+        del deviation
+        return self.misfit(x, y, chosen) / self.density
+
 
 def scale_of(y: Tensor) -> tuple[float, float]:
     """Mean of y and root of its mean square about it: what features are made of size 1 with."""

@@ -36,14 +36,16 @@ class OneStepMethod(Method):
         context: least and greatest share of the views that the network is shown; the others judge it.
         unseen: largest share of the image space that no scan sees.
         lift_steps: iterations of a lift, see ``invdiff.measured.response.lift``.
+        filtered: share of the loss in the norm of the residual's lift, see ``ForwardModelMethod``.
     """
 
     name: ClassVar[str] = "ssdu"
     supervised: ClassVar[bool] = False
 
     context: tuple[float, float] = (0.05, 0.95)
-    unseen: float = 0.1
+    unseen: float = 0.15
     lift_steps: int = 2
+    filtered: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "context", tuple(self.context))
@@ -125,8 +127,7 @@ class OneStepTask(ForwardModelTask):
             if self.method.supervised:
                 terms.append(image_loss(one, example, spread))
                 continue
-            misfit = example.misfit(one, example.y, roles == HELD)
-            terms.append(misfit / (example.density * spread.square().mean() + example.sigma**2))
+            terms.append(self._both(example, one, example.y, roles == HELD, spread))
         return (part.weight * torch.stack(terms)).sum()
 
 
