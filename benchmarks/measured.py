@@ -74,17 +74,12 @@ def train(name: str, method: str, out: Path, images: int | None) -> None:
     run = out / "runs" / f"{name}-{method}"
     if (run / "done").exists():
         return
-    words = [
-        sys.executable,
-        "-m",
-        "invdiff.pipelines.cli",
-        "train",
-        str(config_of(name, method, out / "configs", images)),
-    ]
+    config = config_of(name, method, out / "configs", images)
+    words = [sys.executable, "-P", "-m", "invdiff.pipelines.cli", "train", str(config)]
     words += ["--from", str(out / f"{name}.h5"), "-o", str(run)]
     words += ["--images", str(out / f"{name}-images.h5")] if "supervised" in method else []
     words += ["--resume"] if (run / "state.pt").exists() else []
-    print(" ".join(words[3:]), flush=True)
+    print(" ".join(words[4:]), flush=True)
     subprocess.run(words, check=True)
     (run / "done").touch()
 
