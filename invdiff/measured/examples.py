@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invdiff.measured.response import Lift, Response, lift, nothing, response_of
+from invdiff.measured.response import Lift, Response, evened, lift, nothing, response_of
 from invdiff.protocols import Space
 
 CONTEXT, TARGET, HELD = 0, 1, 2  # what becomes of a view
@@ -81,14 +81,23 @@ class Example:
         return residual.abs().square().sum() / (parts * mask.sum()).clamp_min(1)
 
     def filtered_misfit(self, x: Tensor, y: Tensor, chosen: Tensor, deviation: float) -> Tensor:
-        """The mean square of the lift of A x - y, of the views ``chosen`` marks, over what it recovers of white: ().
+        """The mean square of A x - y, of the views that ``chosen`` marks, under the filter of ``evened``: ().
 
-        The same residual in a norm that is about the image's: A sees fine detail less than the rest, its lift does not.
-        Its minimum is where that of ``misfit`` is, wherever the lift loses nothing.
+        The same residual in a norm that is about the image's: A sees fine detail less than the rest. Its minimum is
+        where that of ``misfit`` is.
+
+        Args:
+            x: (1 c h w).
+            y: (1 ...).
+            chosen: marks views.
+            deviation: of the error of x.
         """
-        part = self.lift(self.operator.forward(x) - y, chosen, self.sigma, deviation)
-        tiny = torch.finfo(x.dtype).tiny
-        return (part.image.square().mean((1, 2, 3)) / part.recovered.flatten().clamp_min(tiny)).sum()
+        if self.response is None:
+            raise ValueError(f"{self.source} has an operator without a response; filtered = 0 is wanted")
+        share = max(1, int((chosen != 0).sum())) / self.views
+        residual = self.operator.forward(x) - y
+        found = evened(self.operator, residual, self.response.share(share), self.sigma, deviation, self.mask(chosen))
+        return found.square().mean()
 
     def to(self, device: torch.device | str) -> Example:
         """The same example with its tensors on ``device``."""

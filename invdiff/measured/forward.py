@@ -51,7 +51,7 @@ class ForwardModelMethod(Splitting, Method):
             (1 - k) A_T x + k y_T^s with k = sigma_y^2 / s^2, whose optimum is the same (Moran et al., Noisier2Noise,
             2020). It teaches what the held-out views of a scan never see beside its context and target.
         context_weight: of the context's, for noiseless scans only.
-        filtered: share of the loss that is in the norm of the residual's lift, about the image's own; the rest is in
+        filtered: share of the loss that is in the norm of the filtered residual, about the image's own; the rest is in
             that of the measurements, fair to their noise, but they see fine detail little. The optimum is the same.
         lift_steps: iterations of a lift, see ``invdiff.measured.response.lift``.
         unseen: largest share of the image space that no scan sees, such as corners outside the field of view.
@@ -217,7 +217,7 @@ class ForwardModelTask:
             fit = example.misfit(x, y, chosen) / (example.density * square + example.sigma**2)
             total = total + (1 - share) * fit
         if share > 0:
-            total = total + share * example.filtered_misfit(x, y, chosen, self.info.sigma_data) / square
+            total = total + share * example.filtered_misfit(x, y, chosen, float(square) ** 0.5) / square
         return total
 
 

@@ -164,30 +164,66 @@ def lift(
         steps: each after the first costs one product with A^H A, those of CG the first one too.
         mask: 1 for the measurements that are used, else 0.
     """
-    power, square, even, kept_rows, loud = deviation**2, noise**2, mask, (1.0, 1.0), 1.0
+    if steps > LINEAR:
+        c, rho = response.transfer, (noise / deviation) ** 2
+        b = operator.adjoint(mask * y)
+        image = cg(lambda v: operator.adjoint(mask * operator.forward(v)) + rho * v, b, iterations=steps)
+        kept = (NEAR * c / (c + rho).clamp_min(torch.finfo(c.dtype).tiny)).clamp(0, MOST)
+        return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
+    seen = _seen(operator, response, noise, deviation)
+    h = torch.where(seen.transfer > 0, deviation**2 * seen.transfer / seen.total, 0.0)
+    image = _filtered(h, operator.adjoint(mask * seen.even * y))
+    for _ in range(steps - 1):
+        left = operator.adjoint(mask * seen.even * (y - operator.forward(image)))
+        image = image + _filtered(h, left - seen.shrink * image)
+    kept = (h * seen.transfer).clamp(0, MOST)
+    return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
+
+
+def evened(
+    operator: Any, residual: Tensor, response: Response, noise: float, deviation: float, mask: Any = 1.0
+) -> Tensor:
+    """A^H D r under the filter that gives every frequency of an image's white error the same variance, its own.
+
+    Args:
+        operator: A, linear.
+        residual: r = A x - y (s ...).
+        response: of A, or of the part of it that ``mask`` leaves.
+        noise: standard deviation of a real component of y.
+        deviation: of the error of x.
+        mask: 1 for the measurements that are used, else 0.
+
+    Returns:
+        (s c h w); its mean square is about that of the error where y is noiseless.
+    """
+    seen = _seen(operator, response, noise, deviation)
+    h = torch.where(seen.transfer > 0, deviation / seen.total.sqrt(), 0.0)
+    return _filtered(h, operator.adjoint(mask * seen.even * residual))
+
+
+class _Seen(NamedTuple):
+    """even: D; transfer: of A^H D A; total: variance of A^H D y, of each frequency; shrink: (s / d)^2 after D."""
+
+    even: Any
+    transfer: Tensor
+    total: Tensor
+    shrink: float
+
+
+def _seen(operator: Any, response: Response, noise: float, deviation: float) -> _Seen:
+    """What becomes of white images of ``deviation`` and of white noise in A^H D y."""
+    power, square, first, second, loud = deviation**2, noise**2, 1.0, 1.0, 1.0
+    even: Any = 1.0
     weights = weights_of(operator)
     if weights is not None:
         signal = SMOOTH * power * float(response.trace.mean()) / weights[0].numel()
-        D = _equaliser(weights, square / signal)
-        gain = D * weights.square()
-        even, kept_rows = mask * D, (float(gain.mean()), float(gain.square().mean()))
-        loud = float((D * gain).mean())
-    c, square_c = kept_rows[0] * response.transfer, kept_rows[0] ** 2 * response.transfer.square()
-    rows = square_c + kept_rows[1] * (response.power - response.transfer.square())
-    loss = power * rows + square * loud * response.transfer
-    h = torch.where(c > 0, power * c / loss.clamp_min(torch.finfo(c.dtype).tiny), 0.0)
-    if steps > LINEAR:
-        b, c = operator.adjoint(mask * y), response.transfer
-        image = cg(lambda v: operator.adjoint(mask * operator.forward(v)) + square / power * v, b, iterations=steps)
-        h = NEAR / (c + square / power).clamp_min(torch.finfo(c.dtype).tiny)
-    else:
-        b = operator.adjoint(even * y)
-        image = _filtered(h, b)
-        for _ in range(steps - 1):
-            again = operator.adjoint(even * operator.forward(image))
-            image = image + _filtered(h, b - again - loud / kept_rows[0] * square / power * image)
-    kept = (h * c).clamp(0, MOST)
-    return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
+        even = _equaliser(weights, square / signal)
+        gain = even * weights.square()
+        first, second, loud = float(gain.mean()), float(gain.square().mean()), float((even * gain).mean())
+    c = response.transfer
+    rows = first**2 * c.square() + second * (response.power - c.square())
+    total = (power * rows + square * loud * c).clamp_min(torch.finfo(c.dtype).tiny)
+    return _Seen(even, first * c, total, loud / first * square / power)
 
 
 def _filtered(h: Tensor, b: Tensor) -> Tensor:
