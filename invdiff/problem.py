@@ -6,6 +6,7 @@ A nonlinear operator gets A'(x) = A(a x + b) and y unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,6 +93,37 @@ class ScaledLinear:
         own = getattr(self.operator, "zero_filled", None)
         return self.norm * own(y) if own is not None else self.norm * self.operator.adjoint(y)
 
+    @property
+    def row_weights(self) -> Tensor | None:
+        """What whitening multiplied each measurement by, up to a number; None where it was nothing."""
+        weights: Tensor | None = getattr(self.operator, "row_weights", None)
+        return weights
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """What can be split, none where the operator has no views."""
+        return tuple(getattr(self.operator, "views", ()))
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        """The measurements of some views, as the operator chooses."""
+        chosen: Tensor = _own(self.operator, "part")(y, index)
+        return chosen
+
+    def whole(self, views: int) -> ScaledLinear:
+        """The operator's ``whole``, over the same number."""
+        return ScaledLinear(_own(self.operator, "whole")(views), self.norm)
+
+    def unmeasured(self, views: int) -> ScaledLinear:
+        """The operator's ``unmeasured``, over the same number."""
+        return ScaledLinear(_own(self.operator, "unmeasured")(views), self.norm)
+
+
+def _own(operator: Any, name: str) -> Any:
+    own = getattr(operator, name, None)
+    if own is None:
+        raise ValueError(f"{type(operator).__name__} has no views to choose from; CT, MRI or a renderer is wanted")
+    return own
+
 
 @dataclass(frozen=True)
 class PriorUnits:
@@ -118,6 +150,33 @@ class PriorUnits:
 
     def vjp(self, x: Tensor, r: Tensor) -> Tensor:
         return self.affine.scale * self.operator.vjp(self.affine(x), r)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """What can be split, none where the operator has no views."""
+        return tuple(getattr(self.operator, "views", ()))
+
+    def split(self, index: Sequence[int]) -> PriorUnits:
+        """The operator of some views, on prior units."""
+        return PriorUnits(_own(self.operator, "split")(index), self.affine)
+
+    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
+        """The measurements of some views, as the operator chooses."""
+        chosen: Tensor = _own(self.operator, "part")(y, index)
+        return chosen
+
+    def whole(self, views: int) -> PriorUnits:
+        """The operator's ``whole``, on prior units."""
+        return PriorUnits(_own(self.operator, "whole")(views), self.affine)
+
+    def unmeasured(self, views: int) -> PriorUnits:
+        """The operator's ``unmeasured``, on prior units."""
+        return PriorUnits(_own(self.operator, "unmeasured")(views), self.affine)
+
+    def lift(self, y: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
+        """The operator's own features of its measurements: for networks, in no unit."""
+        features: Tensor = _own(self.operator, "lift")(y, chosen)
+        return features
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The physics: linear operators from images to measurements, with exact adjoints; geometry in mm."""
+"""The physics: operators from images to measurements, linear ones with exact adjoints; geometry in mm."""
 
 from invdiff.operators.blur import Blur, gaussian_kernel
 from invdiff.operators.channels import KnownPhase, RealChannels
@@ -13,6 +13,8 @@ from invdiff.operators.mri.cartesian import CartesianMRI, CartesianMRI3D
 from invdiff.operators.mri.noncartesian import NonCartesianMRI
 from invdiff.operators.mri.off_resonance import OffResonance
 from invdiff.operators.noise import Gaussian, TransmissionPoisson
+from invdiff.operators.nonlinear import NonlinearOperatorBase
+from invdiff.operators.render import VolumeRenderer
 
 __all__ = [
     "Blur",
@@ -25,11 +27,13 @@ __all__ = [
     "LinearOperatorBase",
     "Mask",
     "NonCartesianMRI",
+    "NonlinearOperatorBase",
     "Normalised",
     "OffResonance",
     "ParallelBeam",
     "RealChannels",
     "TransmissionPoisson",
+    "VolumeRenderer",
     "Whitened",
     "fbp",
     "gaussian_kernel",

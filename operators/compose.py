@@ -57,6 +57,11 @@ class Whitened(Composition):
         """W y: the measurements of this operator, from those of A."""
         return self.outer.forward(y)
 
+    @property
+    def row_weights(self) -> Tensor | None:
+        """W, where it is a tensor."""
+        return self.outer.diagonal.abs().expand(self.range.shape) if isinstance(self.outer, Diagonal) else None
+
     def zero_filled(self, y: Tensor) -> Tensor:
         """A's ``zero_filled`` of the measurements before whitening."""
         return self.inner.zero_filled(self.outer.pinv(y))
@@ -67,6 +72,23 @@ class Whitened(Composition):
         if not isinstance(self.outer, Diagonal):
             return Whitened(part, self.outer.split(index))
         return Whitened(part, self.inner.part(self.outer.diagonal.expand(self.range.shape), index))
+
+    def whole(self, views: int) -> LinearOperatorBase:
+        """That of A, under ray weights of the same mean square, or under the same covariance."""
+        return self._weighted(self.inner.whole(views))
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """Likewise."""
+        return self._weighted(self.inner.unmeasured(views))
+
+    def _weighted(self, other: LinearOperatorBase) -> LinearOperatorBase:
+        if isinstance(self.outer, Diagonal):
+            return Scaled(other, float(self.outer.diagonal.abs().square().mean().sqrt()))
+        if self.outer.domain != other.range:
+            raise ValueError(
+                f"the whitening is for {self.outer.domain.shape}, the views wanted give {other.range.shape}"
+            )
+        return Composition(self.outer, other)
 
     @property
     def views(self) -> tuple[int, ...]:

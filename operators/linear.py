@@ -152,6 +152,11 @@ class LinearOperatorBase(ABC):
         return linalg.power_norm(self.normal, start, iterations)
 
     @property
+    def row_weights(self) -> Tensor | None:
+        """What whitening multiplied each measurement by, real, the shape of the range; None where there is no such."""
+        return None
+
+    @property
     def views(self) -> tuple[int, ...]:
         """What ``split`` chooses from: numbers of views, lines or readouts; none where there are none."""
         return ()
@@ -172,6 +177,22 @@ class LinearOperatorBase(ABC):
             index: which of ``views``, in any order.
         """
         return y.index_select(-2, torch.as_tensor(list(index), device=y.device))
+
+    def whole(self, views: int) -> LinearOperatorBase:
+        """The same scan with views or lines evenly over all that there are, at most ``views`` of them.
+
+        Raises:
+            ValueError: this operator does not know what else could be measured.
+        """
+        raise ValueError(f"{type(self).__name__} has no whole of {views} views; CT, Cartesian MRI or a mask is wanted")
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """Likewise, of those that this scan did not measure.
+
+        Raises:
+            ValueError: as ``whole``; or nothing is left to measure.
+        """
+        raise ValueError(f"{type(self).__name__} has no {views} unmeasured views; CT or Cartesian MRI is wanted")
 
     def fields(self) -> dict[str, Any]:
         """Constructor arguments as JSON-able values or tensors: ``type(A)(**A.fields())`` is the same operator.
@@ -305,6 +326,11 @@ class Composition(LinearOperatorBase):
         first = None if x0 is None else self.inner.forward(x0)
         return self.inner.adjoint(self.outer.solve(self.inner.forward(rhs), rho, first, iterations, tolerance))
 
+    @property
+    def row_weights(self) -> Tensor | None:
+        """Those of A."""
+        return self.outer.row_weights
+
     def pinv(self, y: Tensor) -> Tensor:
         """B's ``pinv`` of A's ``pinv``."""
         return self.inner.pinv(self.outer.pinv(y))
@@ -321,6 +347,14 @@ class Composition(LinearOperatorBase):
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The chosen views of A, after B."""
         return Composition(self.outer.split(index), self.inner)
+
+    def whole(self, views: int) -> LinearOperatorBase:
+        """That of A, after B."""
+        return Composition(self.outer.whole(views), self.inner)
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """That of A, after B."""
+        return Composition(self.outer.unmeasured(views), self.inner)
 
     def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
         """As A chooses."""
@@ -362,6 +396,11 @@ class Scaled(LinearOperatorBase):
         self._check_rho(rho)
         return self.operator.solve(rhs / self.scale**2, rho / self.scale**2, x0, iterations, tolerance)
 
+    @property
+    def row_weights(self) -> Tensor | None:
+        """Those of A: c is in all of them."""
+        return self.operator.row_weights
+
     def pinv(self, y: Tensor) -> Tensor:
         """A's ``pinv``, divided by c."""
         return self.operator.pinv(y / self.scale)
@@ -373,6 +412,14 @@ class Scaled(LinearOperatorBase):
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The chosen views, with the same c."""
         return Scaled(self.operator.split(index), self.scale)
+
+    def whole(self, views: int) -> LinearOperatorBase:
+        """That of A, with the same c."""
+        return Scaled(self.operator.whole(views), self.scale)
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """That of A, with the same c."""
+        return Scaled(self.operator.unmeasured(views), self.scale)
 
     @property
     def views(self) -> tuple[int, ...]:

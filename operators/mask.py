@@ -91,6 +91,14 @@ class Mask(Diagonal):
         """``Masked``: the operator without some of its measurements."""
         return Masked(self, other)
 
+    def whole(self, views: int) -> LinearOperatorBase:  # noqa: ARG002
+        """Every pixel."""
+        return Mask(torch.ones_like(self.diagonal), *self.domain)
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:  # noqa: ARG002
+        """The pixels that are not kept."""
+        return Mask(self.diagonal == 0, *self.domain)
+
     def fields(self) -> dict[str, Any]:
         """``mask`` (bool tensor), ``shape``, ``dtype``."""
         shape, dtype = self.domain

@@ -19,6 +19,7 @@ from torch import Tensor
 from invdiff.config import find
 from invdiff.datasets import Measurements
 from invdiff.invented import Split, measured_or_invented
+from invdiff.measured import MeasuredInfo
 from invdiff.operators import Mask, Whitened
 from invdiff.operators.ct.beam import MEMORY_MB, BeamOperator
 from invdiff.operators.linear import LinearOperatorBase
@@ -55,6 +56,12 @@ class Outline(LinearOperatorBase):
         """The adjoint."""
         return self.adjoint(y)
 
+    def whole(self, views: int) -> Outline:  # noqa: ARG002
+        """As large as what was measured."""
+        return self
+
+    unmeasured = whole
+
     def _copy(self, v: Tensor, space: Space) -> Tensor:
         if v.is_complex() != space.dtype.is_complex:
             v = v.real if v.is_complex() else torch.complex(v, torch.zeros_like(v))
@@ -76,7 +83,8 @@ class StandIn:
     channels: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.info, self.channels = self.prior.info, self.prior.channels  # type: ignore[attr-defined]
+        info, self.channels = self.prior.info, self.prior.channels  # type: ignore[attr-defined]
+        self.info = replace(info, sigma_y=(0.0, math.inf)) if isinstance(info, MeasuredInfo) else info
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x / (1 + sigma^2)."""
@@ -177,7 +185,7 @@ def network_bytes(prior: Prior, shape: tuple[int, ...], device: torch.device, gr
     """
     sizes = []
     for n in (1, 2):
-        x = torch.zeros(n, *shape, device=device, requires_grad=gradient)
+        x = torch.zeros(n, *called_with(prior, shape), device=device, requires_grad=gradient)
         with torch.set_grad_enabled(gradient), Tally() as tally:
             out = prior.denoise(x, torch.tensor(LEVEL, device=device))
             if gradient:
@@ -185,6 +193,12 @@ def network_bytes(prior: Prior, shape: tuple[int, ...], device: torch.device, gr
         sizes.append(tally.peak)
     more = max(0, sizes[1] - sizes[0])
     return max(0.0, sizes[0] - more), float(more)
+
+
+def called_with(prior: Prior, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape (c h w) of what a prior of images of ``shape`` is called with: more channels for models of scans."""
+    info = getattr(prior, "info", None)
+    return (info.inputs(shape[0]), *shape[1:]) if isinstance(info, MeasuredInfo) else shape
 
 
 def built(kind: str, fields: Mapping[str, Any]) -> Any:
@@ -379,7 +393,7 @@ def largest_chunk(prior: Prior, most: int, shape: tuple[int, ...], device: torch
         ValueError: not even one slice fits.
     """
     n = most
-    while not _denoises(prior, (n, *shape), device):
+    while not _denoises(prior, (n, *called_with(prior, shape)), device):
         if n == 1:
             raise ValueError(f"the network does not take one slice of {shape[-2]} x {shape[-1]} pixels: no memory")
         n = math.ceil(n / 2)

@@ -333,8 +333,14 @@ def compare(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file, such as examples/train-ct.toml.")],
-    data: Annotated[Path, typer.Option(help="Folder with HDF5 slices, NIfTI files or DICOM series.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")],
+    data: Annotated[Path | None, typer.Option(help="Folder with HDF5 slices, NIfTI files or DICOM series.")] = None,
+    scans: Annotated[
+        list[Path] | None, typer.Option("--from", help="Measurements (.h5) or folders of them: no image is needed.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="HDF5 with the images of all slices of --from, for supervised methods alone.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     validation: Annotated[Path | None, typer.Option(help="Folder to validate on, instead of some of DATA.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that draw crops; on a GPU a few.")] = 0,
@@ -342,13 +348,24 @@ def train(
     dtype: Annotated[str, typer.Option(help="Network arithmetic: auto, float32, bfloat16.")] = "auto",
     device: Device = "cpu",
 ) -> None:
-    """Train a prior, or fine-tune one; checkpoints, validation, exact resume. Under torchrun: on several devices."""
+    """Train a prior on images, or a model on measurements alone; checkpoints, validation, exact resume, torchrun."""
     from invdiff.pipelines import train as pipeline
+    from invdiff.pipelines import train_measured
+    from invdiff.pipelines.training_folder import STATE_FILE
 
+    way = pipeline.Way(device, dtype, workers, compiled)
+    if (data is None) == (not scans):
+        raise ValueError("--data FOLDER of images or --from MEASUREMENTS: one of them is wanted")
+    if images is not None and not scans:
+        raise ValueError("--images goes with --from MEASUREMENTS, for methods that are shown images")
     try:
-        pipeline.run(config, data, out, resume, console, pipeline.Way(device, dtype, workers, compiled), validation)
+        if data is not None:
+            pipeline.run(config, data, out, resume, console, way, validation)
+        else:
+            held = None if validation is None else [validation]
+            train_measured.run(config, scans or [], out, resume, console, way, held, images)
     except KeyboardInterrupt:
-        kept = (out / pipeline.STATE_FILE).exists()
+        kept = (out / STATE_FILE).exists()
         errors.print(f"interrupted; {out} holds the run: with --resume it goes on" if kept else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from invdiff.datasets import Measurements, Volume
 from invdiff.fourier import centred_fft
+from invdiff.measured import MeasuredInfo
 from invdiff.noise import KeyedNoise
 from invdiff.operators import CartesianMRI, KnownPhase, RealChannels
 from invdiff.operators.mri.calibration import (
@@ -172,6 +173,8 @@ def _prior_of(prior: Prior, sampler: Any, scale: float, how: MRIConfig) -> Prior
     if info.unit != UNIT:
         raise ValueError(f"the prior {info.name!r} is in {info.unit}, the scan in {UNIT}; an MR prior is wanted")
     scaled = Rescaled(prior, scale)
+    if isinstance(info, MeasuredInfo):  # it was trained on these very channels
+        return scaled
     return scaled if how.channels == "magnitude" else MagnitudePhase(scaled, how.deviation, how.width)
 
 

@@ -19,7 +19,13 @@ from invdiff.protocols import Prior
 from invdiff.reconstruction import Result, reconstruct
 from invdiff.units import MU_WATER
 
-SLICED = {"mask": 3, "maps": 4, "trajectory": 3, "phase": 3}  # axes of a field whose first one is the slice
+SLICED = {
+    "mask": 3,
+    "maps": 4,
+    "trajectory": 3,
+    "phase": 3,
+    "azimuth": 2,
+}  # axes of a field whose first one is the slice
 
 
 def scan_of(path: Path, index: int = 0, raw: RawConfig | None = None) -> Measurements:
@@ -50,13 +56,17 @@ def as_volume(scan: Measurements, x: Tensor) -> Volume:
     return Volume(x.float(), scan.affine, unit, scan.storage, {"name": "reconstruction", "sha256": scan.source_sha256})
 
 
-def operator_of(scan: Measurements) -> tuple[Any, Tensor, float]:
+def operator_of(scan: Measurements, made: Any = None) -> tuple[Any, Tensor, float]:
     """The whitened operator of what was kept, the whitened y and its sigma_y, of a scan's description.
+
+    Args:
+        scan: its description.
+        made: the operator of its kind and fields, where it is there already.
 
     Raises:
         ValueError: an unknown kind, fields it does not take, or a y that does not fit it.
     """
-    operator = built(scan.kind, scan.fields)
+    operator = built(scan.kind, scan.fields) if made is None else made
     if tuple(scan.y.shape) != tuple(operator.range.shape):
         raise ValueError(
             f"the measurement has shape {tuple(scan.y.shape)}; its operator gives {tuple(operator.range.shape)}"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,21 +13,34 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from invdiff.files import read_torch, whole_file
 from invdiff.pipelines.devices import device_of, dtype_of
 from invdiff.pipelines.training_data import read_training
+from invdiff.pipelines.training_folder import STATE_FILE, check_folder, interrupts, keep_log, log, refuse_other
 from invdiff.pipelines.training_plan import Plan, plan_of
 from invdiff.pipelines.training_report import dreams, plot
 from invdiff.priors.launch import Launcher, launched
 from invdiff.priors.model import NetworkPrior, PriorInfo, save
+from invdiff.priors.network import UNetConfig
 from invdiff.priors.slices import Slices, check_enough, checked, digest, split
-from invdiff.priors.training import SIGMAS, TrainingState, pack, start, train, unpack, validate
+from invdiff.priors.training import (
+    SIGMAS,
+    Denoising,
+    Learning,
+    Task,
+    TrainingConfig,
+    TrainingState,
+    pack,
+    start,
+    train,
+    unpack,
+    validate,
+)
 
-STATE_FILE = "state.pt"
 LOG_FILE = "log.csv"
 COPIES = 2 * 4 * 4  # bytes on disk a parameter: network, average, AdamW's two moments, float32, twice while renaming
-FREE = (("training", "images"),)  # what may change between a run and its continuation
 
 
 class Course(NamedTuple):
@@ -88,7 +98,7 @@ def run(
         KeyboardInterrupt: after the step at which it came, with a checkpoint.
     """
     plan = plan_of(config_file)
-    _check_folder(out, resume)
+    check_folder(out, resume)
     dtype = dtype_of(way.dtype, device_of(way.device))
     launcher = launched(way.device)
     slices, judged, info = _read(plan, data, validation)
@@ -99,13 +109,10 @@ def run(
         "data": {**asdict(plan.data), "trained": digest(slices), "validated": digest(judged)},
         "start": {"sha256": None if plan.first is None else plan.first.sha256},
     }
-    state, course = _first(plan, out / STATE_FILE if resume else None, recorded)
-    job = Job(out, plan, info, slices, judged, recorded, launcher, console, dtype)
-    if launcher.rank == 0:
-        _prepare(out, sum(p.numel() for p in state.network.parameters()))
-        _keep_log(out / LOG_FILE, state.seen)
-        job.say(job.opening())
-    job.run(state, course, way)
+    network = plan.network
+    weights = None if plan.first is None else plan.first.network.state_dict()
+    job = PriorJob(out, plan.config, network, 0, info, recorded, launcher, console, dtype, slices, judged)
+    job.begin(resume, way, weights)
 
 
 def _read(plan: Plan, data: Path, validation: Path | None) -> tuple[Slices, Slices | None, PriorInfo]:
@@ -128,33 +135,83 @@ def _read(plan: Plan, data: Path, validation: Path | None) -> tuple[Slices, Slic
 
 
 @dataclass(frozen=True)
-class Job:
-    """A running training and its folder."""
+class Job(ABC):
+    """A running training and its folder, whatever is trained.
+
+    Args:
+        out: its folder.
+        config: how the network learns.
+        network: its sizes.
+        extra: channels that it sees beside the image's.
+        info: what is trained.
+        recorded: what a continuation must share.
+        launcher: the processes.
+        console: of the first one.
+        dtype: of the network's arithmetic.
+    """
 
     out: Path
-    plan: Plan
+    config: Learning
+    network: UNetConfig
+    extra: int
     info: PriorInfo
-    slices: Slices
-    judged: Slices | None
     recorded: dict[str, Any]
     launcher: Launcher
     console: Console
     dtype: torch.dtype | None
 
+    @abstractmethod
+    def task(self) -> Task[Any]:
+        """What the network is trained for."""
+
+    @abstractmethod
     def opening(self) -> str:
         """What is trained on what."""
-        judged = "none" if self.judged is None else f"{len(self.judged.images)} of {self.judged.subjects} subjects"
-        return (
-            f"training {self.info.name!r} on {len(self.slices.images)} slices of {self.slices.subjects} subjects; "
-            f"validation slices: {judged}; {self.launcher.world} x {self.launcher.device.type}"
-        )
+
+    @property
+    @abstractmethod
+    def validated(self) -> bool:
+        """Whether there is something to validate on."""
+
+    @abstractmethod
+    def judge(self, state: TrainingState) -> dict[float, float]:
+        """The validation loss at some noise levels."""
+
+    @abstractmethod
+    def export(self, state: TrainingState, judged: dict[float, float]) -> None:
+        """Write what was trained so far into a folder of its own."""
+
+    def pictures(self, state: TrainingState) -> None:  # noqa: B027
+        """Draw what can be drawn of it."""
+
+    def begin(self, resume: bool, way: Way, weights: dict[str, Tensor] | None = None) -> None:
+        """The whole training, fresh (with ``weights`` to start from) or resumed."""
+        state, course = self._first(resume, weights)
+        if self.launcher.rank == 0:
+            _prepare(self.out, sum(p.numel() for p in state.network.parameters()))
+            keep_log(self.out / LOG_FILE, state.seen)
+            self.say(self.opening())
+        self.run(state, course, way)
+
+    def _first(self, resume: bool, weights: dict[str, Tensor] | None) -> tuple[TrainingState, Course]:
+        """A fresh state, one that starts from a prior's weights, or the one to resume."""
+        if not resume:
+            return start(self.config, self.network, weights, self.extra), Course()
+        stored = read_torch(self.out / STATE_FILE)
+        try:
+            refuse_other(stored["config"], self.recorded, self.out / STATE_FILE)
+            return unpack(stored, self.config, self.network, self.extra), Course(**stored["course"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.out / STATE_FILE} is not the checkpoint of a training: it lacks {error}"
+            ) from error
 
     def run(self, state: TrainingState, course: Course, way: Way) -> None:
         """Every step, with a checkpoint and a look at the validation at multiples of ``every`` images."""
-        config = self.plan.config
-        steps = train(state, self.slices, config, self.info, self.launcher, self.dtype, way.workers, way.compiled)
+        config = self.config
+        steps = train(state, self.task(), config, self.launcher, self.dtype, way.workers, way.compiled)
         began, before = time.monotonic(), state.seen
-        with self._progress(state.seen) as bar, _interrupts() as caught:
+        with self._progress(state.seen) as bar, interrupts() as caught:
             while not self._done(state, course):
                 last = state.seen // config.every
                 state = next(steps)
@@ -168,12 +225,12 @@ class Job:
                     raise KeyboardInterrupt
 
     def _done(self, state: TrainingState, course: Course) -> bool:
-        patience = self.plan.config.patience
+        patience = self.config.patience
         if patience and course.stale >= patience:
             self.say(f"no better validation in the last {course.stale}: stopped at {state.seen} crops")
             return True
-        if state.seen >= self.plan.config.images:
-            self.say(f"all {self.plan.config.images} crops are seen")
+        if state.seen >= self.config.images:
+            self.say(f"all {self.config.images} crops are seen")
             return True
         return False
 
@@ -184,37 +241,32 @@ class Job:
     def _look(self, state: TrainingState, course: Course, rate: float) -> Course:
         """Validate, log, write the prior, the checkpoint and the pictures: all by the first process."""
         first = self.launcher.rank == 0
-        prior = NetworkPrior(state.average.eval(), self.info, self.dtype)
-        judged = {sigma: float("nan") for sigma in SIGMAS}
-        if first and self.judged is not None:
-            judged = validate(prior, self.judged, self.info, self.launcher.device)
+        state.average.eval()
+        judged = self.judge(state) if first and self.validated else {sigma: float("nan") for sigma in SIGMAS}
         mean = self._shared(float(np.mean(list(judged.values()))) if first else 0.0)
-        better = self.judged is None or mean < course.best
+        better = not self.validated or mean < course.best
         loss = course.loss / course.steps
         course = Course(mean, 0) if better else Course(course.best, course.stale + 1)
         if first:
             named = {f"val_{sigma:g}": value for sigma, value in judged.items()}
             row = {"seen": state.seen, "step": state.step, "loss": loss, "val": mean}
-            _log(self.out / LOG_FILE, {**row, **named, "images_per_s": rate})
-            if better or not self.plan.config.patience:
-                save(self.out / "prior", state.average, self.info, self._figures(state, judged))
+            log(self.out / LOG_FILE, {**row, **named, "images_per_s": rate})
+            if better or not self.config.patience:
+                self.export(state, judged)
             self._save(state, course)
             plot(self.out / "progress.png", self.out / LOG_FILE, self.info.name)
-            dreams(self.out / "samples.png", prior, max(self.plan.config.crops), self.launcher.device)
-            done = f"{state.seen} of {self.plan.config.images} crops"
+            self.pictures(state)
+            done = f"{state.seen} of {self.config.images} crops"
             self.say(f"{done}: loss {loss:.4f}, validation {mean:.4f}, {rate:.1f} crops/s")
         self.launcher.wait()
         return course
 
-    def _figures(self, state: TrainingState, judged: dict[float, float]) -> dict[str, Any]:
+    def figures(self, state: TrainingState, judged: dict[float, float]) -> dict[str, Any]:
         """What config.json says of the training."""
         return {
             "images_seen": state.seen,
             "steps": state.step,
             "training": self.recorded["training"],
-            "started_from": self.recorded["start"]["sha256"],
-            "slices": len(self.slices.images),
-            "subjects": self.slices.subjects,
             "validation_loss": {f"{sigma:g}": value for sigma, value in judged.items() if np.isfinite(value)},
         }
 
@@ -234,62 +286,61 @@ class Job:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         shown = self.launcher.rank == 0 and self.console.is_terminal
         bar = Progress(*columns, console=self.console, disable=not shown)
-        bar.add_task("training", total=self.plan.config.images, completed=seen)
+        bar.add_task("training", total=self.config.images, completed=seen)
         return bar
 
 
-def _log(path: Path, row: dict[str, float]) -> None:
-    fresh = not path.exists()
-    try:
-        with path.open("a", newline="") as f:
-            writer = csv.DictWriter(f, fieldnames=list(row))
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+@dataclass(frozen=True)
+class PriorJob(Job):
+    """The training of a prior.
 
+    Args:
+        slices: what is trained on.
+        judged: what is validated on, if anything.
+    """
 
-def _keep_log(path: Path, seen: int) -> None:
-    """Drop the rows behind the checkpoint that is resumed, which are written again, and what a kill tore."""
-    if not path.exists():
-        return
-    head, *rows = path.read_text().splitlines(keepends=True) or [""]
-    whole = [r for r in rows if r.endswith("\n") and r.count(",") == head.count(",")]
-    with whole_file(path) as part:
-        part.write_text(head + "".join(r for r in whole if int(r.split(",")[0]) <= seen))
+    config: TrainingConfig
+    slices: Slices
+    judged: Slices | None
 
+    def task(self) -> Denoising:
+        """Denoising of crops."""
+        return Denoising(self.slices, self.config, self.info)
 
-def _first(plan: Plan, state_file: Path | None, recorded: dict[str, Any]) -> tuple[TrainingState, Course]:
-    """A fresh state, one that starts from a prior's weights, or the one to resume."""
-    if state_file is None:
-        weights = None if plan.first is None else plan.first.network.state_dict()
-        return start(plan.config, plan.network, weights), Course()
-    stored = read_torch(state_file)
-    try:
-        _refuse_other(stored["config"], recorded, state_file)
-        return unpack(stored, plan.config, plan.network), Course(**stored["course"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{state_file} is not the checkpoint of a training: it lacks {error}") from error
+    def opening(self) -> str:
+        """How many slices of how many subjects."""
+        judged = "none" if self.judged is None else f"{len(self.judged.images)} of {self.judged.subjects} subjects"
+        return (
+            f"training {self.info.name!r} on {len(self.slices.images)} slices of {self.slices.subjects} subjects; "
+            f"validation slices: {judged}; {self.launcher.world} x {self.launcher.device.type}"
+        )
 
+    @property
+    def validated(self) -> bool:
+        """Whether any slices are held out."""
+        return self.judged is not None
 
-def _refuse_other(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """A longer or shorter run may go on from the same state; anything else would be another run."""
-    for table, fields in wanted.items():
-        for name, value in fields.items():
-            old = stored[table][name]
-            if old != value and (table, name) not in FREE:
-                raise ValueError(f"{path} is of another run: {table}.{name} is {old} there, {value} now")
+    def judge(self, state: TrainingState) -> dict[float, float]:
+        """The EDM loss of the averaged weights."""
+        if self.judged is None:
+            return {}
+        return validate(self._prior(state), self.judged, self.info, self.launcher.device)
 
+    def export(self, state: TrainingState, judged: dict[float, float]) -> None:
+        """``prior/``."""
+        more = {
+            "started_from": self.recorded["start"]["sha256"],
+            "slices": len(self.slices.images),
+            "subjects": self.slices.subjects,
+        }
+        save(self.out / "prior", state.average, self.info, {**self.figures(state, judged), **more})
 
-def _check_folder(out: Path, resume: bool) -> None:
-    state_file = out / STATE_FILE
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; a folder is wanted")
-    if state_file.exists() and not resume:
-        raise ValueError(f"{out} holds a run already; give --resume to go on with it, or another folder")
-    if resume and not state_file.is_file():
-        raise ValueError(f"{out} holds no {STATE_FILE} to resume from")
+    def pictures(self, state: TrainingState) -> None:
+        """What the prior dreams."""
+        dreams(self.out / "samples.png", self._prior(state), max(self.config.crops), self.launcher.device)
+
+    def _prior(self, state: TrainingState) -> NetworkPrior:
+        return NetworkPrior(state.average, self.info, self.dtype)
 
 
 def _prepare(out: Path, parameters: int) -> None:
@@ -303,19 +354,3 @@ def _prepare(out: Path, parameters: int) -> None:
     free, needed = shutil.disk_usage(out).free, COPIES * parameters
     if free < needed:
         raise ValueError(f"{out} has {free / 1e6:.0f} MB free; this training keeps {needed / 1e6:.0f} MB there")
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that a first Ctrl-C fills, so that a step is finished before it stops; a second one stops at once."""
-    caught: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    old = signal.signal(signal.SIGINT, note)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, old)

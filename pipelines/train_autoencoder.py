@@ -25,7 +25,7 @@ from invdiff.files import read_torch, whole_file
 from invdiff.metrics import psnr, ssim
 from invdiff.pipelines.circuit_draws import Draws, judged_images
 from invdiff.pipelines.circuit_plan import AutoencoderPlan, CircuitPlan
-from invdiff.pipelines.train import _interrupts
+from invdiff.pipelines.training_folder import interrupts
 from invdiff.priors.slices import Slices
 
 STATE_FILE = "autoencoder.pt"
@@ -92,7 +92,7 @@ class AutoencoderJob:
         """
         config, standing = self.config, self._standing()
         held_out = self._held_out()
-        with _interrupts() as caught:
+        with interrupts() as caught:
             while standing.state.step < config.steps:
                 x = self.draws.crops(FIRST + standing.state.step, config.batch, config.crop)
                 state, loss = autoencoder_step(standing.state, x, config.rate, config.steps, config.warm, self.dtype)

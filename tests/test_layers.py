@@ -22,11 +22,16 @@ MAY: dict[str, set[str]] = {
     "invdiff.config": set(),
     "invdiff.circuits": {"invdiff.protocols", "invdiff.files"},
     "invdiff.priors": {"invdiff.protocols", "invdiff.files", "invdiff.config", "invdiff.circuits"},
+    "invdiff.measured": {
+        "invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.priors", "invdiff.config", "invdiff.files",
+    },
     "invdiff.posterior": {"invdiff.protocols", "invdiff.priors"},
     "invdiff.calibration": {"invdiff.posterior"},
     "invdiff.problem": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.units"},
     "invdiff.run": {"invdiff.protocols", "invdiff.linalg", "invdiff.files"},
-    "invdiff.samplers": {"invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.wavelets"},
+    "invdiff.samplers": {
+        "invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.wavelets", "invdiff.measured",
+    },
     "invdiff.uncertainty": {"invdiff.protocols", "invdiff.calibration", "invdiff.priors", "invdiff.run"},
     "invdiff.invented": {
         "invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.priors", "invdiff.problem", "invdiff.units",

@@ -220,7 +220,8 @@ def dense(a: LinearOperatorBase) -> Tensor:
 
 
 def test_every_registered_operator_is_tested_and_named_as_registered() -> None:
-    assert set(config.registered("operators")) == set(REGISTERED)
+    classes = {kind: config.find("operators", kind) for kind in config.registered("operators")}
+    assert {kind for kind, a in classes.items() if issubclass(a, LinearOperatorBase)} == set(REGISTERED)
     for kind, makes in REGISTERED.items():
         for factory in makes:
             operator = factory(torch.float32)

@@ -16,6 +16,7 @@ from torch import Tensor
 from invdiff.config import find, registered
 from invdiff.datasets import Measurements, write_measurements
 from invdiff.invented import Split
+from invdiff.measured import MeasuredInfo
 from invdiff.operators import ParallelBeam
 from invdiff.operators.ct.beam import MEMORY_MB
 from invdiff.pipelines import budget, memory, plan
@@ -88,7 +89,10 @@ def test_two_slices_tell_of_many(kind: str, slices: int, scan: Measurements) -> 
 @pytest.mark.parametrize("kind", [k for k in registered("samplers") if not issubclass(find("samplers", k), Solver)])
 def test_every_sampler_is_counted(kind: str) -> None:
     outline = Outline(Space((2, 1, 40, 36), torch.float32), Space((2, 1, 12, 54), torch.float32), "1/mm")
-    volume = volume_of(Work(find("samplers", kind)()), white(), outline, torch.ones(2, 1, 12, 54))
+    prior = white()
+    if kind == "forward-model":  # which wants a model of scans, here only described
+        prior.info = MeasuredInfo("toy", "HU", -1000.0, 2000.0, 0.01, 50.0, 0.5, (0.0, 0.0))
+    volume = volume_of(Work(find("samplers", kind)()), prior, outline, torch.ones(2, 1, 12, 54))
     assert IMAGE < volume.at_end <= volume.peak < 60 * IMAGE
     assert volume.at_denoiser <= volume.peak
     if kind == "dds":  # its state of 4, what it denoised, the vectors of CG and what these products take

@@ -20,7 +20,7 @@ from invdiff.priors import NoPrior, PriorInfo, load
 from invdiff.priors.launch import Alone
 from invdiff.priors.network import UNetConfig
 from invdiff.priors.slices import Slices
-from invdiff.priors.training import TrainingConfig, start, train, validate
+from invdiff.priors.training import Denoising, TrainingConfig, start, train, validate
 from invdiff.reconstruction import reconstruct
 from invdiff.samplers import DDS, FBP, TV, REDDiff
 
@@ -67,7 +67,7 @@ def test_training_learns_to_denoise() -> None:
     config = TrainingConfig(images=16_000, crops=(16,), batches=(16,), shares=(1.0,), warmup=200, ema=300, rate=2e-3)
     info = PriorInfo("toy", "HU", -1000.0, 1000.0, 0.01, 5.0, 0.5, (1.0, 1.0))
     sizes = UNetConfig(channels=(16, 32), blocks=(1, 1), norm_groups=8)
-    losses = [s.loss for s in train(start(config, sizes), slices, config, info, Alone(), None)]
+    losses = [s.loss for s in train(start(config, sizes), Denoising(slices, config, info), config, Alone(), None)]
     assert sum(losses[-20:]) < 0.1 * sum(losses[:20])
 
 

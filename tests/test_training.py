@@ -29,7 +29,7 @@ from invdiff.priors.model import NetworkPrior
 from invdiff.priors.network import UNet, UNetConfig
 from invdiff.priors.slices import Slices, checked, draw_crop, read_slices, split
 from invdiff.priors.training import (
-    Steps,
+    Denoising,
     TrainingConfig,
     learning_rate,
     pack,
@@ -83,11 +83,11 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def test_training_resumes_exactly(tmp_path: Path) -> None:
     slices = read_slices([slices_file(tmp_path / "a.h5")])
-    *_, whole = train(start(TOY, SMALL), slices, TOY, INFO, Alone(), None)
-    part = next(itertools.islice(train(start(TOY, SMALL), slices, TOY, INFO, Alone(), None), 4, None))
+    *_, whole = train(start(TOY, SMALL), Denoising(slices, TOY, INFO), TOY, Alone(), None)
+    part = next(itertools.islice(train(start(TOY, SMALL), Denoising(slices, TOY, INFO), TOY, Alone(), None), 4, None))
     torch.save(pack(part), tmp_path / "state.pt")
     resumed = unpack(torch.load(tmp_path / "state.pt", weights_only=True), TOY, SMALL)
-    *_, end = train(resumed, slices, TOY, INFO, Alone(), None)
+    *_, end = train(resumed, Denoising(slices, TOY, INFO), TOY, Alone(), None)
     assert end.step == whole.step and end.seen == whole.seen >= 40
     for a, b in zip(end.average.parameters(), whole.average.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -96,17 +96,17 @@ def test_training_resumes_exactly(tmp_path: Path) -> None:
 def test_workers_change_nothing(tmp_path: Path) -> None:
     slices = read_slices([slices_file(tmp_path / "a.h5")])
     config = replace(TOY, images=8)
-    *_, alone = train(start(config, SMALL), slices, config, INFO, Alone(), None)
-    *_, helped = train(start(config, SMALL), slices, config, INFO, Alone(), None, workers=1)
+    *_, alone = train(start(config, SMALL), Denoising(slices, config, INFO), config, Alone(), None)
+    *_, helped = train(start(config, SMALL), Denoising(slices, config, INFO), config, Alone(), None, workers=1)
     assert alone.loss == helped.loss
 
 
 def test_parts_of_a_step_make_the_whole(tmp_path: Path) -> None:
     slices = read_slices([slices_file(tmp_path / "a.h5")])
     for step in range(6):
-        whole = Steps(slices, TOY, INFO)[step]
+        whole = Denoising(slices, TOY, INFO).part(step)
         for world in (2, 3, 5):  # more processes than items, too
-            parts = [Steps(slices, TOY, INFO, rank, world)[step] for rank in range(world)]
+            parts = [Denoising(slices, TOY, INFO).part(step, rank, world) for rank in range(world)]
             assert sum(float(p.weight.sum()) for p in parts) == pytest.approx(1)
             for k in range(len(whole.clean)):
                 assert torch.equal(parts[k % world].clean[k // world], whole.clean[k])
@@ -122,7 +122,7 @@ def test_gradients_of_the_parts_average_to_that_of_the_whole(tmp_path: Path) -> 
         total = torch.zeros(())
         for rank in range(world):
             network = start(TOY, SMALL).network
-            loss = world * part_loss(network, Steps(slices, TOY, INFO, rank, world)[0], INFO, None)
+            loss = world * part_loss(network, Denoising(slices, TOY, INFO).part(0, rank, world), INFO, None)
             loss.backward()
             total = total + torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]) / world
         return total
@@ -210,10 +210,10 @@ def test_training_draws_by_subject_in_prior_units(tmp_path: Path) -> None:
         f["subject"] = [b"many"] * 30 + [b"one"]
         f["pixel_mm"] = np.ones(31, np.float32)
     config = TrainingConfig(images=1, crops=(8,), batches=(200,), shares=(1.0,))
-    x = Steps(read_slices([path]), config, INFO)[0].clean
+    x = Denoising(read_slices([path]), config, INFO).part(0).clean
     assert set(x.unique().tolist()) == {0.5, -0.5}
     assert 0.35 < float((x[:, 0, 0, 0] < 0).float().mean()) < 0.65
-    assert torch.equal(x, Steps(read_slices([path]), config, INFO)[0].clean)
+    assert torch.equal(x, Denoising(read_slices([path]), config, INFO).part(0).clean)
 
 
 def test_groups_are_drawn_by_the_power_of_their_subjects(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_groups_are_drawn_by_the_power_of_their_subjects(tmp_path: Path) -> None
         f["skull"] = [b"no"] * 16 + [b"no", b"yes"]
     for power, wanted in ((0.0, 2 / 3), (0.5, 2 / 6), (1.0, 2 / 18)):
         config = TrainingConfig(crops=(8,), batches=(400,), shares=(1.0,), group_power=power)
-        x = Steps(read_slices([path], ("contrast", "skull")), config, INFO)[0].clean
+        x = Denoising(read_slices([path], ("contrast", "skull")), config, INFO).part(0).clean
         assert float((x[:, 0, 0, 0] < 0).float().mean()) == pytest.approx(wanted, abs=0.08)
 
 
@@ -250,7 +250,7 @@ def test_larger_crops_get_more_noise(tmp_path: Path) -> None:
             config = TrainingConfig(
                 crops=(8, 24), batches=(300, 300), shares=shares, sigma_growth=growth, sigma_uniform=0.0
             )
-            medians[growth, crop] = float(Steps(slices, config, INFO)[0].sigma.log().median())
+            medians[growth, crop] = float(Denoising(slices, config, INFO).part(0).sigma.log().median())
     assert medians[0.0, 24] - medians[0.0, 8] == pytest.approx(0.0, abs=0.25)
     assert medians[2.0, 24] - medians[2.0, 8] == pytest.approx(2 * np.log(3), abs=0.25)
 

@@ -70,9 +70,13 @@ class UNet(nn.Module):
     """A U-Net that takes any height and width: (s c h w) and noise label (s) -> (s c h w).
 
     Pads at the bottom and the right by repeating the edge, to a multiple of ``config.stride``, and crops again.
+
+    Args:
+        config: sizes.
+        extra: channels that it sees beside the image's and does not give: (s c + extra h w) -> (s c h w).
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, extra: int = 0) -> None:
         super().__init__()
         from monai.networks.nets import DiffusionModelUNet
 
@@ -81,7 +85,7 @@ class UNet(nn.Module):
         features = config.image_channels * config.unshuffle**2
         self.unet = DiffusionModelUNet(
             spatial_dims=2,
-            in_channels=features,
+            in_channels=features + extra * config.unshuffle**2,
             out_channels=features,
             channels=config.channels,
             num_res_blocks=config.blocks,

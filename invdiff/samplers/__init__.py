@@ -12,6 +12,7 @@ from invdiff.samplers.diffpir import DiffPIR
 from invdiff.samplers.diffusionmbir import DiffusionMBIR
 from invdiff.samplers.dpmpp import DPMpp2M
 from invdiff.samplers.dps import DPS
+from invdiff.samplers.forward_model import ForwardModelDiffusion
 from invdiff.samplers.ghvb import GHVB
 from invdiff.samplers.gibbs import SplitGibbs
 from invdiff.samplers.heun import Heun
@@ -40,6 +41,7 @@ __all__ = [
     "DPMpp2M",
     "DiffPIR",
     "DiffusionMBIR",
+    "ForwardModelDiffusion",
     "Heun",
     "L1Wavelet",
     "PiGDM",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class BeamOperator(LinearOperatorBase):
     """
 
     unit = "1/mm"
+    period: ClassVar[float]  # radians after which the rays come again
 
     def __init__(
         self,
@@ -157,8 +158,31 @@ class BeamOperator(LinearOperatorBase):
 
     def split(self, index: Sequence[int]) -> LinearOperatorBase:
         """The operator of the views ``index`` alone, whose measurements are ``y[..., index, :]``."""
-        chosen = self.angles[torch.as_tensor(list(index), dtype=torch.int64)]
-        fields = {**self.fields(), "angles": chosen.tolist(), "memory_mb": self.memory_mb}
+        return self._at(self.angles[torch.as_tensor(list(index), dtype=torch.int64)])
+
+    def whole(self, views: int) -> LinearOperatorBase:
+        """``views`` angles evenly over ``period`` from the first one on, at most as many as the grid resolves."""
+        return self._at(self._even(views))
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """Those of ``whole`` that are no nearer than half a step to a measured one.
+
+        Raises:
+            ValueError: none is left.
+        """
+        angles, measured = self._even(views), self.angles.remainder(self.period)
+        gap = (angles[:, None] - measured).abs()
+        left = torch.minimum(gap, self.period - gap).amin(1) > 0.499 * self.period / len(angles)
+        if not bool(left.any()):
+            raise ValueError(f"all of {len(angles)} views are measured; more views, or the whole are wanted")
+        return self._at(angles[left])
+
+    def _even(self, views: int) -> Tensor:
+        count = max(1, min(views, math.ceil(self.period / 2 * max(self.domain.shape[2:]))))
+        return (self.angles[0] + self.period / count * torch.arange(count, dtype=torch.float64)).remainder(self.period)
+
+    def _at(self, angles: Tensor) -> LinearOperatorBase:
+        fields = {**self.fields(), "angles": angles.tolist(), "memory_mb": self.memory_mb}
         return type(self)(**fields).to(self.device)
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class FanBeam(BeamOperator):
     """
 
     kind = "fan"
+    period = 2 * math.pi
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ class ParallelBeam(BeamOperator):
     """
 
     kind = "parallel"
+    period = math.pi
 
     def __init__(
         self,

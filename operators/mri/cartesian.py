@@ -137,9 +137,31 @@ class Cartesian(LinearOperatorBase):
         Raises:
             ValueError: a number that is no line, or lines of which this mask keeps nothing.
         """
-        mask = self._plain_mask((self.mask * self._lines(index).to(self.mask)) != 0)
-        fields = {**self.fields(), "mask": mask, "coils_at_once": self.coils_at_once}
+        return self._masked((self.mask * self._lines(index).to(self.mask)) != 0)
+
+    def whole(self, views: int) -> LinearOperatorBase:
+        """The operator of ``views`` whole lines evenly over k-space, at most of all."""
+        return self._masked(torch.ones_like(self.mask) * self._lines(_evenly(range(self._line_count), views)) != 0)
+
+    def unmeasured(self, views: int) -> LinearOperatorBase:
+        """The operator of lines of which this mask keeps nothing.
+
+        Raises:
+            ValueError: there are none.
+        """
+        left = sorted(set(range(self._line_count)) - set(self.views))
+        if not left:
+            raise ValueError(f"all of {self._line_count} lines are measured; the whole is wanted")
+        return self._masked(torch.ones_like(self.mask) * self._lines(_evenly(left, views)) != 0)
+
+    def _masked(self, mask: Tensor) -> LinearOperatorBase:
+        fields = {**self.fields(), "mask": self._plain_mask(mask), "coils_at_once": self.coils_at_once}
         return type(self)(**fields).to(self.device)
+
+    @property
+    def _line_count(self) -> int:
+        across = self._fourier_axes - {self.names[self.readout] + 4}
+        return math.prod(n for a, n in enumerate(self.range.shape) if a in across)
 
     def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
         """``y`` with zeros on all lines but ``index``."""
@@ -277,6 +299,14 @@ class CartesianMRI3D(Cartesian):
 
     def _plain_mask(self, mask: Tensor) -> Tensor:
         return mask[:, 0]
+
+
+def _evenly(lines: Sequence[int], count: int) -> list[int]:
+    """``count`` of the lines, evenly, the middle one among them; all if there are no more."""
+    if count >= len(lines):
+        return list(lines)
+    step, middle = len(lines) / count, len(lines) // 2
+    return sorted(lines[int(middle + step * k) % len(lines)] for k in range(count))
 
 
 def complex_dtype(dtype: torch.dtype | str) -> torch.dtype:
