@@ -262,7 +262,7 @@ def test_training_refuses(case: str, said: str, examples: list[Example]) -> None
         elif case == "shares":
             Splitting(context=(0.8, 0.2))
         elif case == "weights":
-            ForwardModelMethod(held_weight=0.0)
+            ForwardModelMethod(held_weight=0.0, target_weight=0.0)
         method.check(scans, info)
 
     with pytest.raises(ValueError, match=said.replace("[", r"\[").replace("]", r"\]")):

@@ -49,7 +49,8 @@ class ForwardModelMethod(Splitting, Method):
         held_weight: of the held-out views in the loss.
         target_weight: of the target's. Its noise is also in y_T^s, which the network sees: the loss stands on
             (1 - k) A_T x + k y_T^s with k = sigma_y^2 / s^2, whose optimum is the same (Moran et al., Noisier2Noise,
-            2020). It teaches what the held-out views of a scan never see beside its context and target.
+            2020). It teaches what the held-out views of a scan never see beside its context and target; 0 is the loss
+            on the held-out views alone.
         context_weight: of the context's, for noiseless scans only.
         filtered: share of the loss that is in the norm of the filtered residual, about the image's own; the rest is in
             that of the measurements, fair to their noise, but they see fine detail little. The optimum is the same.
@@ -60,9 +61,9 @@ class ForwardModelMethod(Splitting, Method):
     name: ClassVar[str] = "forward-model"
 
     held_weight: float = 1.0
-    target_weight: float = 0.0
+    target_weight: float = 1.0
     context_weight: float = 0.0
-    filtered: float = 0.5
+    filtered: float = 1.0
     lift_steps: int = 2
     unseen: float = 0.15
 
@@ -200,24 +201,26 @@ class ForwardModelTask:
         return inputs_of(lifts[0], lifts[1], deviation)
 
     def misfit(self, example: Example, x: Tensor, noisy: Tensor, roles: Tensor, sigma: float, spread: Tensor) -> Tensor:
-        """The weighted misfit of one image (1 c h w), over what its expectation is about: ()."""
-        method, keep = self.method, 1 - (example.sigma / sigma) ** 2
-        total = method.held_weight * self._both(example, x, example.y, roles == HELD, spread)
-        if method.target_weight and keep > 0:
-            seen = (example.y - (1 - keep) * noisy) / keep
-            total = total + method.target_weight * keep**2 * self._both(example, x, seen, roles == TARGET, spread)
-        if method.context_weight and bool((roles == CONTEXT).any()):
-            total = total + method.context_weight * self._both(example, x, example.y, roles == CONTEXT, spread)
-        return total
+        """The weighted misfit of one image (1 c h w), over what its expectation is about: ().
 
-    def _both(self, example: Example, x: Tensor, y: Tensor, chosen: Tensor, spread: Tensor) -> Tensor:
-        """The misfit in the norm of the measurements, and in that of the image."""
-        share, square, total = self.method.filtered, spread.square().mean(), torch.zeros((), device=x.device)
+        One residual of all rows that count: the weights' roots stand before its parts.
+        """
+        method, keep, used = self.method, 1 - (example.sigma / sigma) ** 2, torch.zeros_like(roles, dtype=torch.bool)
+        rows, wanted = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        for role, weight, gain, y in (
+            (HELD, method.held_weight, 1.0, example.y),
+            (TARGET, method.target_weight, keep, example.y - (1 - keep) * noisy),
+            (CONTEXT, method.context_weight, 1.0, example.y),
+        ):
+            if weight > 0:
+                mask = weight**0.5 * example.mask(roles == role)
+                rows, wanted, used = rows + gain * mask, wanted + mask * y, used | (roles == role)
+        residual = rows * example.operator.forward(x) - wanted
+        share, square, total = method.filtered, float(spread.square().mean()), torch.zeros((), device=x.device)
         if share < 1:
-            fit = example.misfit(x, y, chosen) / (example.density * square + example.sigma**2)
-            total = total + (1 - share) * fit
+            total = (1 - share) * example.mean_square(residual, used) / (example.density * square + example.sigma**2)
         if share > 0:
-            total = total + share * example.filtered_misfit(x, y, chosen, float(square) ** 0.5) / square
+            total = total + share * example.filtered_mean_square(residual, used, square**0.5) / square
         return total
 
 
