@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from invdiff.measured.conditions import check_coverage, check_grids
 from invdiff.measured.examples import HELD, TARGET, Example, Splitting
-from invdiff.measured.forward import ROLES, ForwardModelTask, MeasuredPart
+from invdiff.measured.forward import ROLES, ForwardModelTask, MeasuredPart, Rows, fit
 from invdiff.measured.method import MeasuredLearning, Method
 from invdiff.measured.model import Inputs, MeasuredInfo, extra_channels, inputs_of, signal
 from invdiff.measured.response import Lift, nothing
@@ -57,7 +57,7 @@ class AmbientMethod(Splitting, Method):
     seen_weight: float = 0.0
     unseen: float = 0.15
     lift_steps: int = 2
-    filtered: float = 0.5
+    filtered: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,13 +135,12 @@ class AmbientTask(ForwardModelTask):
         terms = []
         for k, (example, roles, sigma) in enumerate(zip(examples, part.roles, sigmas, strict=True)):
             one = x[k : k + 1]
-            total = self._both(example, one, example.y, roles == HELD, inputs.spread[k])
             keep = sigma**2 / (sigma**2 + example.sigma**2)
-            if self.method.seen_weight:
-                seen = (example.y - (1 - keep) * noisy[k]) / keep
-                weight = self.method.seen_weight * keep**2
-                total = total + weight * self._both(example, one, seen, roles == TARGET, inputs.spread[k])
-            terms.append(total)
+            rows = (
+                Rows(roles == HELD, 1.0, 1.0, example.y),
+                Rows(roles == TARGET, self.method.seen_weight, keep, example.y - (1 - keep) * noisy[k]),
+            )
+            terms.append(fit(example, one, rows, inputs.spread[k], self.method.filtered))
         return (part.weight * torch.stack(terms)).sum()
 
 

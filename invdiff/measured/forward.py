@@ -201,27 +201,46 @@ class ForwardModelTask:
         return inputs_of(lifts[0], lifts[1], deviation)
 
     def misfit(self, example: Example, x: Tensor, noisy: Tensor, roles: Tensor, sigma: float, spread: Tensor) -> Tensor:
-        """The weighted misfit of one image (1 c h w), over what its expectation is about: ().
+        """The weighted misfit of one image (1 c h w), over what its expectation is about: ()."""
+        method, keep = self.method, 1 - (example.sigma / sigma) ** 2
+        rows = (
+            Rows(roles == HELD, method.held_weight, 1.0, example.y),
+            Rows(roles == TARGET, method.target_weight, keep, example.y - (1 - keep) * noisy),
+            Rows(roles == CONTEXT, method.context_weight, 1.0, example.y),
+        )
+        return fit(example, x, rows, spread, method.filtered)
 
-        One residual of all rows that count: the weights' roots stand before its parts.
-        """
-        method, keep, used = self.method, 1 - (example.sigma / sigma) ** 2, torch.zeros_like(roles, dtype=torch.bool)
-        rows, wanted = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
-        for role, weight, gain, y in (
-            (HELD, method.held_weight, 1.0, example.y),
-            (TARGET, method.target_weight, keep, example.y - (1 - keep) * noisy),
-            (CONTEXT, method.context_weight, 1.0, example.y),
-        ):
-            if weight > 0:
-                mask = weight**0.5 * example.mask(roles == role)
-                rows, wanted, used = rows + gain * mask, wanted + mask * y, used | (roles == role)
-        residual = rows * example.operator.forward(x) - wanted
-        share, square, total = method.filtered, float(spread.square().mean()), torch.zeros((), device=x.device)
-        if share < 1:
-            total = (1 - share) * example.mean_square(residual, used) / (example.density * square + example.sigma**2)
-        if share > 0:
-            total = total + share * example.filtered_mean_square(residual, used, square**0.5) / square
-        return total
+
+class Rows(NamedTuple):
+    """Rows of a residual, gain A x - y. chosen: marks views; weight: of their squares; y: (1 ...)."""
+
+    chosen: Tensor
+    weight: float
+    gain: float
+    y: Tensor
+
+
+def fit(example: Example, x: Tensor, rows: Sequence[Rows], spread: Tensor, filtered: float) -> Tensor:
+    """The mean square of one residual of all rows that count, over what its expectation is about: ().
+
+    Args:
+        example: whose operator A is.
+        x: (1 c h w).
+        rows: the roots of their weights stand before them.
+        spread: standard deviation of the error of x that is expected, (c h w).
+        filtered: share in the norm of the filtered residual; the rest is in that of the measurements.
+    """
+    counted = [row for row in rows if row.weight > 0]
+    marks = [row.weight**0.5 * example.mask(row.chosen) for row in counted]
+    wanted = torch.stack([m * row.y for m, row in zip(marks, counted, strict=True)]).sum(0)
+    gain = torch.stack([m * row.gain for m, row in zip(marks, counted, strict=True)]).sum(0)
+    residual, used = gain * example.operator.forward(x) - wanted, torch.stack([row.chosen for row in counted]).any(0)
+    square, total = float(spread.square().mean()), torch.zeros((), device=x.device)
+    if filtered < 1:
+        total = (1 - filtered) * example.mean_square(residual, used) / (example.density * square + example.sigma**2)
+    if filtered > 0:
+        total = total + filtered * example.filtered_mean_square(residual, used, square**0.5) / square
+    return total
 
 
 def noisy_target(example: Example, noise: Tensor, sigma: float) -> Tensor:

@@ -36,18 +36,10 @@ class NonlinearExample(Example):
             return nothing(torch.empty(self.operator.domain.shape, device=y.device))
         return features(self.operator, y, noise, deviation, (self.middle, self.size), index)
 
-    def misfit(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
-        """||A(x) - y||^2 over the chosen views, by the number of real measurements; only they are computed: ()."""
-        index = torch.nonzero(chosen).flatten().tolist()
-        if not index:
-            return 0 * x.sum()
-        residual = self.operator.split(index).forward(x) - self.operator.part(y, index)
-        return residual.abs().square().mean() / (2 if residual.is_complex() else 1)
-
-    def filtered_misfit(self, x: Tensor, y: Tensor, chosen: Tensor, deviation: float) -> Tensor:
-        """``misfit`` over the measurements' own mean square: nothing filters what is not linear."""
+    def filtered_mean_square(self, residual: Tensor, chosen: Tensor, deviation: float) -> Tensor:
+        """``mean_square`` over the measurements' own: nothing filters what is not linear."""
         del deviation
-        return self.misfit(x, y, chosen) / self.density
+        return self.mean_square(residual, chosen) / self.density
 
 
 def scale_of(y: Tensor) -> tuple[float, float]:

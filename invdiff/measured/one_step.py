@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from invdiff.measured.ambient import described, judged
 from invdiff.measured.conditions import check_coverage, check_grids
 from invdiff.measured.examples import CONTEXT, HELD, Example
-from invdiff.measured.forward import ROLES, ForwardModelMethod, ForwardModelTask, MeasuredPart
+from invdiff.measured.forward import ROLES, ForwardModelMethod, ForwardModelTask, MeasuredPart, Rows, fit
 from invdiff.measured.method import MeasuredLearning, Method
 from invdiff.measured.model import MeasuredInfo, extra_channels, inputs_of, signal
 from invdiff.measured.response import Lift, nothing
@@ -45,7 +45,7 @@ class OneStepMethod(Method):
     context: tuple[float, float] = (0.05, 0.95)
     unseen: float = 0.15
     lift_steps: int = 2
-    filtered: float = 0.5
+    filtered: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "context", tuple(self.context))
@@ -127,7 +127,7 @@ class OneStepTask(ForwardModelTask):
             if self.method.supervised:
                 terms.append(image_loss(one, example, spread))
                 continue
-            terms.append(self._both(example, one, example.y, roles == HELD, spread))
+            terms.append(fit(example, one, [Rows(roles == HELD, 1.0, 1.0, example.y)], spread, self.method.filtered))
         return (part.weight * torch.stack(terms)).sum()
 
 
