@@ -127,7 +127,7 @@ class ForwardModelMethod(Splitting, Method):
             method=self.name,
             sigma_y=(min(sigmas), max(sigmas)),
             density=examples[0].density,
-            views=max(example.views for example in examples),
+            views=max(1, round(self.target[1] * (1 - self.context[0]) * max(example.views for example in examples))),
             dropped=self.dropped,
             lift_steps=self.lift_steps,
         )

@@ -56,7 +56,7 @@ class ForwardModelDiffusion:
         eta: share of fresh noise in each step.
         guidance: g of x_u + g (x_c - x_u), x_u without the context: twice the evaluations where it is not 1.
         target: ``whole``, views or lines evenly over all, or ``unmeasured``, over those that y lacks.
-        views: of the target, at most; 0 is as many as the training's scans had.
+        views: of the target, at most; 0 is as many as the largest targets of the training had.
         consistency: deviation of the last x from the truth, prior units, for a last solve that trades it against y's
             noise; 0 leaves the sample as it is.
         sigma_max: first noise level, prior units.
