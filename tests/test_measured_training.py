@@ -369,7 +369,7 @@ def test_bad_input_gets_one_sentence(case: str, said: str, words: list[object], 
     elif case == "empty":
         (folder / "a.h5").unlink()
     elif case == "other noise":
-        scan_file(folder / "b.h5", 1, sigma=0.2)
+        scan_file(folder / "b.h5", 1, sigma=0.5)
     elif case == "other grid":
         scan_file(folder / "b.h5", 1, size=16)
     elif case == "one view":

@@ -21,7 +21,7 @@ LOOKED_AT = 48  # examples whose operators are probed, about
 STEP = -4  # of the keyed noise that probes them
 LANCZOS_STEPS = 30  # of the quadrature of their spectrum
 UNSEEN = 0.01  # of the mean eigenvalue of the mean of A^H A: a direction that is seen less than this is hardly seen
-NOISE_RATIO = 4.0  # between the largest and the smallest noise of a collection, prior units with ||A|| = 1
+NOISE_RATIO = 10.0  # largest over smallest noise of a collection, prior units: thin and thick bodies differ fourfold
 
 
 def check_grids(examples: Sequence[Example]) -> None:
