@@ -48,6 +48,7 @@ OF = {"ct": METHODS, "mr": METHODS[:4], "scenes": METHODS[:1]}
 CONTEXTS = {"ct": ("20 views", "6 views"), "mr": ("4x",)}
 PEAK = {"ct": 2000.0, "mr": 1.0}
 SAMPLES, STEPS, LEVEL = 8, 20, 0.9
+CONSISTENCY = 0.1  # deviation of a sample before its last solve with the scan, prior units
 SEED = 77  # of the judged scans' noise
 BODY = {"ct": -700.0, "mr": 0.1}  # pixels above count for the coverage: air is known
 TV_GRID = {"ct": (3e-4, 1e-3, 3e-3, 1e-2), "mr": (3e-4, 1e-3, 3e-3)}
@@ -136,7 +137,7 @@ def visible(x: Tensor) -> Tensor:
 
 def samples_of(scan: Measurements, model: Any) -> Tensor:
     """Eight samples (s c h w) of a forward model."""
-    sampler = ForwardModelDiffusion(steps=STEPS)
+    sampler = ForwardModelDiffusion(steps=STEPS, consistency=CONSISTENCY)
     return point(scan, model, sampler, SAMPLES)
 
 

@@ -53,7 +53,7 @@ def scene_samples(model: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     scan = next(iter(source.scene_scans(1, seed, 1)))
     turn = float(scan.fields["azimuth"][0, 0])
     fields = {**scan.fields, "shape": (SHOWN, *tuple(scan.fields["shape"])[1:]), "azimuth": [turn]}
-    sampler = ForwardModelDiffusion(steps=30, target="unmeasured", views=3)
+    sampler = ForwardModelDiffusion(steps=30, target="unmeasured", views=3, sigma_min=0.01)
     y = scan.y.repeat(SHOWN, 1, 1, 1, 1)
     x = reconstruct(y, VolumeRenderer(**fields), model, sampler, source.SCENE_SIGMA, seed=3).x
     around = {**fields, "azimuth": [turn + 2 * math.pi * k / AROUND for k in range(AROUND)], "size": (WIDE, WIDE)}
