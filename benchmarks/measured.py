@@ -229,7 +229,7 @@ def evaluate(name: str, data: Path, out: Path) -> None:
         for method in rows_of(name):
             path = out / "rows" / f"{name}-{context.replace(' ', '-')}-{method}.json"
             folder = out / "runs" / f"{name}-{method.split('+')[0]}"
-            if path.exists() or (method in METHODS and not (folder / "model").is_dir()):
+            if path.exists() or (method.split("+")[0] in METHODS and not (folder / "model").is_dir()):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             found = judge(name, context, method, out, slices)
