@@ -385,7 +385,8 @@ def test_own_folders_are_checked(tmp_path: Path) -> None:
             load(tmp_path / "p")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=r"no prior .*empty.* of another known format \(ambient, diffusers, forward-model, invdiff, monai, weights\)"
+        ValueError,
+        match=r"no prior .*empty.* another known format \(ambient, diffusers, forward-model, invdiff, monai, weights\)",
     ):
         load(tmp_path / "empty")
 
