@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from invdiff.circuits import Categorical, DiscretisedLogistic, Gaussian, GridInfo, Structure, hidden_chow_liu, quad_tree
 from invdiff.circuits.autoencoder import AutoencoderConfig
 from invdiff.circuits.inputs import FAMILIES, Inputs
-from invdiff.config import build
+from invdiff.config import build, read_toml
 from invdiff.pipelines.training_data import DataConfig
 
 STRUCTURES = ("hidden-chow-liu", "quad-tree")
@@ -235,10 +234,7 @@ def plan_of(config_file: Path) -> CircuitPlan:
     Raises:
         ValueError: no TOML, or a wrong table, key or value.
     """
-    try:
-        document = tomllib.loads(config_file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{config_file} cannot be read as TOML: {error}") from error
+    document = read_toml(config_file)
     for name in document:
         if name not in TABLES:
             raise ValueError(f"{config_file} has {name!r}; the tables {', '.join(TABLES)} are known")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from invdiff.config import build, find, registered
+from invdiff.config import build, find, read_toml, registered
 from invdiff.datasets import Measurements, Volume, write_nifti
 from invdiff.files import sha256_of, whole_file
 from invdiff.invented import Split, measured_or_invented
@@ -155,13 +154,7 @@ def resolve(source: Path, flags: Mapping[str, Mapping[str, Any]], overrides: Seq
     Raises:
         ValueError: a wrong table, key, kind or value; the right ones are listed.
     """
-    if source.suffix == ".toml":
-        try:
-            document: dict[str, Any] = tomllib.loads(source.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"{source} cannot be read as TOML: {error}") from error
-    else:
-        document = {"input": {"scan": str(source)}}
+    document = read_toml(source) if source.suffix == ".toml" else {"input": {"scan": str(source)}}
     document = document_of(document, flags, overrides, TABLES)
     if "scan" not in document["input"]:
         raise ValueError(f"{source} names no input.scan; the path of a measurement file is wanted")

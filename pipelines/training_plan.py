@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from invdiff.config import build
+from invdiff.config import build, read_toml
 from invdiff.pipelines.training_data import DataConfig
 from invdiff.priors import load
 from invdiff.priors.model import NetworkPrior, PriorInfo
@@ -53,10 +52,7 @@ def plan_of(config_file: Path) -> Plan:
     Raises:
         ValueError: no TOML, a wrong table, key or value, or a prior to start from whose network is another.
     """
-    try:
-        document = tomllib.loads(config_file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{config_file} cannot be read as TOML: {error}") from error
+    document = read_toml(config_file)
     for name, table in document.items():
         if name not in TABLES or not isinstance(table, dict):
             raise ValueError(f"{config_file} has {name!r}; the tables {', '.join(TABLES)} are known")

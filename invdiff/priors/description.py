@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from invdiff.config import build
+from invdiff.config import build, read_toml
 from invdiff.priors.parameterisation import Parameterisation, parameterisation_of
 
 SIDECAR = "invdiff.toml"
@@ -119,7 +118,4 @@ def tables_of(folder: Path) -> dict[str, Any]:
     path = folder / SIDECAR
     if not path.is_file():
         return {}
-    try:
-        return tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as TOML: {error}") from error
+    return read_toml(path)
