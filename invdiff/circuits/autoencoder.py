@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from invdiff.circuits.starts import lloyd
+
 COMMITMENT = 0.25  # of van den Oord et al. 2017
 PLAIN = 0.15  # share of the steps before the vectors are quantised at all
 REVIVE_EVERY = 20  # steps between looks for codes that are not used
@@ -211,10 +213,7 @@ def _start_book(model: Autoencoder, encoded: Tensor, step: int) -> None:
     order = torch.randperm(len(vectors), generator=generator).repeat(1 + config.codes // len(vectors))
     centres = vectors[order[: config.codes]]
     centres = centres + 0.01 * vectors.std() * torch.randn(centres.shape, generator=generator)
-    for _ in range(ROUNDS):
-        hot = torch.nn.functional.one_hot(torch.cdist(vectors, centres).argmin(-1), config.codes).to(vectors)
-        size = hot.sum(0)[:, None]
-        centres = torch.where(size > 0, hot.T @ vectors / size.clamp_min(1), centres)
+    centres = lloyd(vectors[None], centres[None], ROUNDS)[0]
     _put(model, torch.arange(config.codes), centres, len(vectors) / config.codes)
 
 

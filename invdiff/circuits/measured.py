@@ -20,6 +20,7 @@ from torch import Tensor
 from invdiff.circuits.inputs import Spot
 
 ROUNDS = 10
+LEAST_OWN = 1e-3  # of what the circuit says of a cell, the share without its site: above 0, as a Gaussian's is
 DAMPING = 0.5  # share of the old site that stays, after the first round
 
 
@@ -50,9 +51,7 @@ def sites_of(
     precision, pull = torch.zeros_like(h), torch.zeros_like(h)
     for number in range(rounds):
         q = said(Spot(pull / precision.clamp_min(torch.finfo(h.dtype).tiny), 1 / precision))
-        besides = (1 / q.variance - precision).clamp_min(
-            1e-3 / q.variance
-        )  # the circuit's own, a Gaussian's is positive
+        besides = torch.maximum(1 / q.variance - precision, LEAST_OWN / q.variance)
         middle = (q.mean / q.variance - pull) / besides
         mean, variance = solved(H, h, besides, middle)
         new = (1 / variance - besides).clamp_min(0)

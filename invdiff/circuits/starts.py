@@ -107,6 +107,15 @@ def counted_start(
     return Learned(0, fitted(blank, counts, pseudocount), counts.times(1 / len(x)))
 
 
+def lloyd(features: Tensor, centres: Tensor, rounds: int) -> Tensor:
+    """Centres (r k f) of a K-means of features (r n f), after so many rounds from ``centres``; empty ones stay."""
+    for _ in range(rounds):
+        hot = torch.nn.functional.one_hot(torch.cdist(features, centres).argmin(-1), centres.shape[1]).to(features)
+        size = hot.sum(1)[..., None]
+        centres = torch.where(size > 0, hot.transpose(1, 2) @ features / size.clamp_min(1), centres)
+    return centres
+
+
 def clustered(vectors: Tensor, count: int, seed: int) -> Tensor:
     """The K-means cluster (n) of each of vectors (n f); at most ``count`` clusters."""
     first = _far_apart(vectors, min(count, len(vectors)), torch.Generator().manual_seed(seed))
@@ -155,11 +164,7 @@ def _far_apart(features: Tensor, count: int, generator: torch.Generator) -> Tens
 def _k_means(features: Tensor, first: Tensor) -> Tensor:
     """The cluster (r n) of every image by its features (r n f), from the images ``first`` (r k)."""
     centres = features.gather(1, first[..., None].expand(-1, -1, features.shape[-1]))
-    for _ in range(ROUNDS):
-        hot = torch.nn.functional.one_hot(torch.cdist(features, centres).argmin(-1), centres.shape[1]).to(features)
-        size = hot.sum(1)[..., None]
-        centres = torch.where(size > 0, hot.transpose(1, 2) @ features / size.clamp_min(1), centres)
-    return torch.cdist(features, centres).argmin(-1)
+    return torch.cdist(features, lloyd(features, centres, ROUNDS)).argmin(-1)
 
 
 def _principal(x: Tensor, count: int) -> Tensor:
