@@ -217,6 +217,18 @@ def table(found: dict[str, dict[str, float]], by: int = 2) -> str:
     return "\n".join(lines)
 
 
+def every(runs: Iterator[tuple[str, Callable[[], dict[str, float]]]], out: Path) -> dict[str, dict[str, float]]:
+    """The numbers of all runs; those that the JSON file ``out`` holds are not made again, the others are added."""
+    found: dict[str, dict[str, float]] = json.loads(out.read_text()) if out.exists() else {}
+    for name, made in runs:
+        if name not in found:
+            found[name] = made()
+            print(name, {k: round(v, 4) for k, v in found[name].items()}, flush=True)
+            with whole_file(out) as part:
+                part.write_text(json.dumps(found))
+    return found
+
+
 def main() -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -231,13 +243,7 @@ def main() -> None:
     parser.add_argument("--stops", default="none,5")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
-    found: dict[str, dict[str, float]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for name, made in runs(arguments):
-        if name not in found:
-            found[name] = made()
-            print(name, {k: round(v, 4) for k, v in found[name].items()}, flush=True)
-            with whole_file(arguments.out) as part:
-                part.write_text(json.dumps(found))
+    found = every(runs(arguments), arguments.out)
     print(table(found), table(found, by=1), sep="\n\n")
 
 

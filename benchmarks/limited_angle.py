@@ -11,7 +11,6 @@ circuit over sinograms (examples/sinogram_circuit.py) completes the half turn, a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -23,11 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ct_table import middle
+from inpainting import every
 
 from invdiff.circuits import load as load_circuit
 from invdiff.circuits.sinograms import completed, weights_of
 from invdiff.datasets import read_volume
-from invdiff.files import whole_file
 from invdiff.metrics import compare
 from invdiff.noise import KeyedNoise
 from invdiff.operators import ParallelBeam, Whitened
@@ -110,13 +109,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    found: dict[str, dict[str, float]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    for name, made in runs(arguments):
-        if name not in found:
-            found[name] = made()
-            print(name, {k: round(v, 4) for k, v in found[name].items()}, flush=True)
-            with whole_file(arguments.out) as part:
-                part.write_text(json.dumps(found))
+    found = every(runs(arguments), arguments.out)
     series = list(dict.fromkeys(k.split("|")[0] for k in found))
     print(
         "| | steered to sigma | "
