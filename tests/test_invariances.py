@@ -240,6 +240,19 @@ def test_the_image_moves_with_a_constant(kind: str) -> None:
     assert moved(got - up, x) < TOLERANCE
 
 
+def test_fbp_does_not_know_the_priors_range() -> None:
+    """Air stays where it is: other ranges, the same image, of all angles and of a wedge of them."""
+    operator = beam()
+    y = measured(operator, mu_from_hu(gaussian().info.in_physical_units(gaussian().draw(4, KeyedNoise(5)))), SIGMA)
+    for index in (operator.views, operator.views[: len(operator.views) // 3]):
+        part, seen = operator.split(index), operator.part(y, index)
+        x, other = (
+            invdiff.reconstruct(seen, part, gaussian(low=low, high=high), FBP(), SIGMA).x
+            for low, high in ((-1000.0, 2000.0), (-300.0, 900.0))
+        )
+        assert moved(other, x) < TOLERANCE
+
+
 @dataclass(frozen=True)
 class Changed:
     """Keyed noise, changed: as an image where it is one, else as a sinogram."""
