@@ -117,6 +117,11 @@ class ScaledLinear:
         """The operator's ``unmeasured``, over the same number."""
         return ScaledLinear(_own(self.operator, "unmeasured")(views), self.norm)
 
+    def to(self, device: torch.device | str) -> ScaledLinear:
+        """The same on ``device``, where the operator can be moved."""
+        moved: Any = getattr(self.operator, "to", lambda _device: self.operator)(device)
+        return ScaledLinear(moved, self.norm)
+
 
 def _own(operator: Any, name: str) -> Any:
     own = getattr(operator, name, None)

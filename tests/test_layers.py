@@ -24,6 +24,7 @@ MAY: dict[str, set[str]] = {
     "invdiff.priors": {"invdiff.protocols", "invdiff.files", "invdiff.config", "invdiff.circuits"},
     "invdiff.measured": {
         "invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.priors", "invdiff.config", "invdiff.files",
+        "invdiff.problem",
     },
     "invdiff.posterior": {"invdiff.protocols", "invdiff.priors"},
     "invdiff.calibration": {"invdiff.posterior"},
@@ -31,6 +32,7 @@ MAY: dict[str, set[str]] = {
     "invdiff.run": {"invdiff.protocols", "invdiff.linalg", "invdiff.files"},
     "invdiff.samplers": {
         "invdiff.protocols", "invdiff.linalg", "invdiff.noise", "invdiff.wavelets", "invdiff.measured",
+        "invdiff.problem",
     },
     "invdiff.uncertainty": {"invdiff.protocols", "invdiff.calibration", "invdiff.priors", "invdiff.run"},
     "invdiff.invented": {

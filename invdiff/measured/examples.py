@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from invdiff.measured.response import Lift, Response, evened, lift, nothing, response_of
-from invdiff.protocols import Space
+from invdiff.problem import ScaledLinear
 
 CONTEXT, TARGET, HELD = 0, 1, 2  # what becomes of a view
 FEWEST_VIEWS = 2  # one of the target and one held out
@@ -136,52 +136,6 @@ def density_of(operator: Any, response: Response) -> float:
     return float(response.trace.sum()) / (parts * max(1, count))
 
 
-@dataclass(frozen=True)
-class Multiple:
-    """A linear operator times a positive number, whatever it is made of.
-
-    Args:
-        operator: A.
-        factor: what it is multiplied by.
-    """
-
-    operator: Any
-    factor: float
-
-    @property
-    def domain(self) -> Space:
-        return self.operator.domain
-
-    @property
-    def range(self) -> Space:
-        return self.operator.range
-
-    @property
-    def views(self) -> tuple[int, ...]:
-        return tuple(getattr(self.operator, "views", ()))
-
-    @property
-    def row_weights(self) -> Tensor | None:
-        weights: Tensor | None = getattr(self.operator, "row_weights", None)
-        return weights
-
-    def part(self, y: Tensor, index: Sequence[int]) -> Tensor:
-        return self.operator.part(y, index)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.factor * self.operator.forward(x)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        return self.factor * self.operator.adjoint(y)
-
-    def normal(self, x: Tensor) -> Tensor:
-        return self.factor**2 * self.operator.normal(x)
-
-    def to(self, device: torch.device | str) -> Multiple:
-        moved = self.operator.to(device) if hasattr(self.operator, "to") else self.operator
-        return replace(self, operator=moved)
-
-
 def alike(examples: Sequence[Example], density: float | None = None) -> list[Example]:
     """The examples with operators scaled so that their rows have one mean squared norm, and with y and sigma so too.
 
@@ -201,7 +155,7 @@ def _scaled(e: Example, factor: float) -> Example:
     response = (
         None if r is None else Response(factor**2 * r.transfer, factor**4 * r.power, r.where, factor**2 * r.trace)
     )
-    operator, density = Multiple(e.operator, factor), factor**2 * e.density
+    operator, density = ScaledLinear(e.operator, 1 / factor), factor**2 * e.density
     return replace(e, operator=operator, y=factor * e.y, sigma=factor * e.sigma, response=response, density=density)
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from invdiff.measured import Lift, MeasuredInfo, Response, inputs_of, lift, nothing, response_of
-from invdiff.measured.examples import Multiple, density_of
+from invdiff.measured.examples import density_of
 from invdiff.measured.model import SAMPLE
 from invdiff.measured.nonlinear import features, scale_of
 from invdiff.noise import noise_levels
+from invdiff.problem import ScaledLinear
 from invdiff.protocols import Problem
 from invdiff.samplers.checks import at_least, linear, within
 from invdiff.samplers.consistency import nearest
@@ -145,7 +146,7 @@ def _target_of(operator: Any, target: str, views: int, density: float) -> tuple[
     found = getattr(operator, target)(views)
     if not hasattr(found, "adjoint"):
         return found, None
-    scaled = Multiple(found, (density / density_of(found, response_of(found))) ** 0.5)
+    scaled = ScaledLinear(found, (density_of(found, response_of(found)) / density) ** 0.5)
     return scaled, response_of(scaled)
 
 
