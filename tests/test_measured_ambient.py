@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from invdiff.config import build
 from invdiff.measured import CONTEXT, HELD, TARGET, Example, MeasuredLearning, example_of
 from invdiff.measured.ambient import AmbientMethod, AmbientPrior, corrupted, joined
 from invdiff.measured.forward import MeasuredPart
@@ -284,7 +285,7 @@ def test_splits_leave_something_on_both_sides() -> None:
             roles = OneStepMethod(context=(0.0, 1.0)).draw(views, (step,))
             assert 1 <= int((roles == CONTEXT).sum()) <= views - 1
             assert int((roles == HELD).sum()) + int((roles == CONTEXT).sum()) == views
-            roles = AmbientMethod(target=(0.0, 1.0)).draw(views, (step,))
+            roles = AmbientMethod(target=(0.0, 1.0)).splitting.draw(views, (step,))
             assert 1 <= int((roles == TARGET).sum()) <= views - 1
             assert not int((roles == CONTEXT).sum())
 
@@ -320,8 +321,10 @@ def test_what_cannot_be_learned_from_is_refused() -> None:
     with pytest.raises(ValueError, match="orthonormal rows"):
         AmbientMethod(seen_weight=1.0).check(examples, INFO)
     AmbientMethod(seen_weight=1.0).check(masked(white, n_y[:, :N]), INFO)
-    with pytest.raises(ValueError, match="no context"):
-        AmbientMethod(context=(0.1, 0.2))
+    with pytest.raises(ValueError, match="has no field 'context'"):
+        build(AmbientMethod, {"context": (0.1, 0.2)}, "measured")
+    with pytest.raises(ValueError, match=r"target is \[0.9, 0.2\]"):
+        AmbientMethod(target=(0.9, 0.2))
     with pytest.raises(ValueError, match="seen_weight is -1"):
         AmbientMethod(seen_weight=-1.0)
     with pytest.raises(ValueError, match="context is"):

@@ -10,36 +10,33 @@ little out, this is a denoiser of images: ``AmbientPrior``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from invdiff.measured.conditions import check_coverage, check_grids
 from invdiff.measured.examples import HELD, TARGET, Example, Splitting
-from invdiff.measured.forward import ROLES, ForwardModelTask, MeasuredPart, Rows, fit
+from invdiff.measured.forward import ROLES, ForwardModelTask, MeasuredPart, Rows, described, fit, judged
 from invdiff.measured.method import MeasuredLearning, Method
 from invdiff.measured.model import Inputs, MeasuredInfo, extra_channels, inputs_of, signal
 from invdiff.measured.response import Lift, nothing
 from invdiff.noise import KeyedNoise
 from invdiff.priors.edm import draw_sigma
 from invdiff.priors.model import PriorInfo
-from invdiff.priors.training import SIGMAS, VALIDATED, generator_of
+from invdiff.priors.training import SIGMAS, generator_of
 
 STEP = -5  # of the keyed noise that probes whether rows are orthonormal
 ORTHONORMAL = 1e-3  # relative difference of A A^H y and y at which they still are
 
 
 @dataclass(frozen=True)
-class AmbientMethod(Splitting, Method):
+class AmbientMethod(Method):
     """A prior out of measurements (Ambient diffusion): some views are dropped further, and the loss stands on them.
 
     Args:
-        context: not used: 0 and 0.
         target: least and greatest share of the views that the network is shown; the others judge it.
-        dropped: not used: 0.
         seen_weight: in the loss, of the views that are shown. Their noise n_y is also in what the network sees; the
             loss stands on (1 - k) A_S x + k (A_S x_sigma + n_y), k = sigma_y^2 / (sigma^2 + sigma_y^2), whose optimum
             is the same (Tweedie's formula as in Daras et al., ICML 2024). Only for operators of orthonormal rows
@@ -51,23 +48,21 @@ class AmbientMethod(Splitting, Method):
 
     name: ClassVar[str] = "ambient"
 
-    context: tuple[float, float] = (0.0, 0.0)
     target: tuple[float, float] = (0.6, 0.95)
-    dropped: float = 0.0
     seen_weight: float = 0.0
     unseen: float = 0.15
     lift_steps: int = 2
     filtered: float = 1.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.context != (0.0, 0.0) or self.dropped:
-            raise ValueError(
-                f"measured.context is {list(self.context)} and dropped {self.dropped}; an ambient prior has no "
-                "context: 0 is wanted"
-            )
+        object.__setattr__(self, "target", self.splitting.target)
         if self.seen_weight < 0:
             raise ValueError(f"measured.seen_weight is {self.seen_weight}; 0 or more is wanted")
+
+    @property
+    def splitting(self) -> Splitting:
+        """Of the views: no context."""
+        return Splitting((0.0, 0.0), self.target, 0.0)
 
     def extra(self, channels: int) -> int:
         """As of the forward-model network, whose context is left empty."""
@@ -118,7 +113,7 @@ class AmbientTask(ForwardModelTask):
         drawn = draw_sigma(u, n, how.sigma_center, how.sigma_width, low, high, how.sigma_uniform)
         level = drawn if sigma is None else sigma[None]
         noise = torch.randn(example.operator.domain.shape, generator=generator)
-        roles = self.method.draw(example.views, (seed, step, k, ROLES))
+        roles = self.method.splitting.draw(example.views, (seed, step, k, ROLES))
         return MeasuredPart([index], [roles], level, [noise], torch.ones(1))
 
     def loss(self, network: nn.Module, part: MeasuredPart, autocast: torch.dtype | None) -> Tensor:
@@ -213,35 +208,6 @@ class AmbientPrior:
     def to(self, device: torch.device | str, autocast: torch.dtype | None = None) -> AmbientPrior:
         """The same prior on ``device``, computing in ``autocast``; the network is moved in place."""
         return AmbientPrior(self.network.to(device), self.info, self.example.to(device), autocast, self.sha256)
-
-
-def described(method: Any, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
-    """The description of a model that a method without a context trained: the scans' noise, rows and views."""
-    sigmas, densities = [e.sigma for e in examples], [e.density for e in examples]
-    return MeasuredInfo(
-        **asdict(info),
-        method=method.name,
-        sigma_y=(min(sigmas), max(sigmas)),
-        density=sum(densities) / len(densities),
-        views=max(example.views for example in examples),
-        lift_steps=method.lift_steps,
-    )
-
-
-def judged(
-    task: ForwardModelTask, network: nn.Module, sigmas: Sequence[float], autocast: torch.dtype | None
-) -> dict[float, float]:
-    """The mean loss of a task on some of its examples at noise levels, with the same draws at every call."""
-    found: dict[float, float] = {}
-    count = len(task.examples)
-    for number, sigma in enumerate(sigmas):
-        losses = []
-        for k in np.unique(np.linspace(0, count - 1, VALIDATED).round().astype(int)):
-            part = task.item(int(k), number * count + int(k), 0, torch.tensor(float(sigma)))
-            with torch.no_grad():
-                losses.append(float(task.loss(network, part, autocast)))
-        found[sigma] = float(np.mean(losses))
-    return found
 
 
 def _check_orthonormal(example: Example) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -107,30 +107,12 @@ class ForwardModelMethod(Splitting, Method):
     ) -> dict[float, float]:
         """The loss on some held-out scans at the levels of ``SIGMAS`` that are above their noise."""
         task = ForwardModelTask(examples, self, MeasuredLearning(batch=1), info)
-        found: dict[float, float] = {}
-        for number, sigma in enumerate(SIGMAS):
-            if sigma < max(info.sigma_min, *(example.sigma for example in examples)):
-                continue
-            losses = []
-            for k in np.unique(np.linspace(0, len(examples) - 1, VALIDATED).round().astype(int)):
-                part = task.item(int(k), number * len(examples) + int(k), 0, torch.tensor(float(sigma)))
-                with torch.no_grad():
-                    losses.append(float(task.loss(network, part, autocast)))
-            found[sigma] = float(np.mean(losses))
-        return found
+        least = max(info.sigma_min, *(example.sigma for example in examples))
+        return judged(task, network, [sigma for sigma in SIGMAS if sigma >= least], autocast)
 
     def exported(self, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
         """The description with the scans' noise and views."""
-        sigmas = [example.sigma for example in examples]
-        return MeasuredInfo(
-            **asdict(info),
-            method=self.name,
-            sigma_y=(min(sigmas), max(sigmas)),
-            density=examples[0].density,
-            views=max(1, round(self.target[1] * (1 - self.context[0]) * max(example.views for example in examples))),
-            dropped=self.dropped,
-            lift_steps=self.lift_steps,
-        )
+        return described(self, info, examples, self.dropped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +223,36 @@ def fit(example: Example, x: Tensor, rows: Sequence[Rows], spread: Tensor, filte
     if filtered > 0:
         total = total + filtered * example.filtered_mean_square(residual, used, square**0.5) / square
     return total
+
+
+def described(method: Any, info: PriorInfo, examples: Sequence[Example], dropped: float = 0.0) -> MeasuredInfo:
+    """What a model that a method trained says of itself: the scans' noise, rows and views, and ``dropped``."""
+    sigmas, densities = [e.sigma for e in examples], [e.density for e in examples]
+    return MeasuredInfo(
+        **asdict(info),
+        method=method.name,
+        sigma_y=(min(sigmas), max(sigmas)),
+        density=sum(densities) / len(densities),
+        views=max(example.views for example in examples),
+        dropped=dropped,
+        lift_steps=method.lift_steps,
+    )
+
+
+def judged(
+    task: ForwardModelTask, network: nn.Module, sigmas: Sequence[float], autocast: torch.dtype | None
+) -> dict[float, float]:
+    """The mean loss of a task on some of its examples at noise levels, with the same draws at every call."""
+    found: dict[float, float] = {}
+    count = len(task.examples)
+    for number, sigma in enumerate(sigmas):
+        losses = []
+        for k in np.unique(np.linspace(0, count - 1, VALIDATED).round().astype(int)):
+            part = task.item(int(k), number * count + int(k), 0, torch.tensor(float(sigma)))
+            with torch.no_grad():
+                losses.append(float(task.loss(network, part, autocast)))
+        found[sigma] = float(np.mean(losses))
+    return found
 
 
 def noisy_target(example: Example, noise: Tensor, sigma: float) -> Tensor:

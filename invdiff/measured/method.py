@@ -38,6 +38,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    supervised: ClassVar[bool] = False  # is shown images
 
     @abstractmethod
     def extra(self, channels: int) -> int:

@@ -16,10 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from invdiff.measured.ambient import described, judged
 from invdiff.measured.conditions import check_coverage, check_grids
 from invdiff.measured.examples import CONTEXT, HELD, Example
-from invdiff.measured.forward import ROLES, ForwardModelMethod, ForwardModelTask, MeasuredPart, Rows, fit
+from invdiff.measured.forward import (
+    ROLES,
+    ForwardModelMethod,
+    ForwardModelTask,
+    MeasuredPart,
+    Rows,
+    described,
+    fit,
+    judged,
+)
 from invdiff.measured.method import MeasuredLearning, Method
 from invdiff.measured.model import MeasuredInfo, extra_channels, inputs_of, signal
 from invdiff.measured.response import Lift, nothing
@@ -40,7 +48,6 @@ class OneStepMethod(Method):
     """
 
     name: ClassVar[str] = "ssdu"
-    supervised: ClassVar[bool] = False
 
     context: tuple[float, float] = (0.05, 0.95)
     unseen: float = 0.15
@@ -136,6 +143,7 @@ class SupervisedForwardModelMethod(ForwardModelMethod):
     """Diffusion with forward models learned with images: the loss stands on the true one, not on held-out views."""
 
     name: ClassVar[str] = "forward-model-supervised"
+    supervised: ClassVar[bool] = True
 
     def check(self, examples: Sequence[Example], info: PriorInfo) -> list[str]:
         """As without images, and that there are some.
