@@ -32,12 +32,13 @@ HDF5 = (".h5", ".hdf5")
 class Collection(NamedTuple):
     """Examples of scans.
 
-    examples: of every slice; scan: the number of each one's scan; pixel_mm: of each one's image; unsampled: share of a
-    Cartesian k-space that no scan sampled, 0 for others; widest: the slice of most views.
+    examples: of every slice; scan: the number of each one's scan; file: that of its file; pixel_mm: of each one's
+    image; unsampled: share of a Cartesian k-space that no scan sampled, 0 for others; widest: the slice of most views.
     """
 
     examples: list[Example]
     scan: list[int]
+    file: list[int]
     pixel_mm: list[float]
     unsampled: float = 0.0
     widest: Measurements | None = None
@@ -103,11 +104,11 @@ def collect(
     Raises:
         ValueError: files that cannot be read, scans of another unit, or without views to split, or not an image each.
     """
-    examples, scans, pixels, made = list[Example](), [], [], dict[str, Any]()
+    examples, scans, files, pixels, made = list[Example](), [], [], [], dict[str, Any]()
     truths = None if images is None else _images(images)
     widest: tuple[int, Measurements | None] = 0, None
     number, sampled = 0, dict[tuple[int, ...], Tensor]()
-    for path in files_of(paths):
+    for file, path in enumerate(files_of(paths)):
         for index, scan in enumerate(read_measurements(path)):
             seen = as_seen_by(scan, ForwardModelDiffusion(), mri)
             for k in range(len(scan.y)):
@@ -119,6 +120,7 @@ def collect(
                 examples.append(_example(one, info, channels, mri, made, source, truth))
                 widest = max(widest, (examples[-1].views, one), key=lambda pair: pair[0])
                 scans.append(number)
+                files.append(file)
                 pixels.append(float(scan.spacing_mm[1]))
             number += 1
             mask = scan.fields.get("mask")
@@ -129,11 +131,11 @@ def collect(
         raise ValueError(f"{images} holds {len(truths)} images of {len(examples)} slices; one each is wanted")
     first = sorted(examples, key=lambda e: e.density)[len(examples) // 2]
     if not hasattr(first.operator, "normal"):
-        return Collection(examples, scans, pixels, 0.0, widest[1])
+        return Collection(examples, scans, files, pixels, 0.0, widest[1])
     like = torch.empty(first.operator.domain.shape, dtype=first.operator.domain.dtype)
     norm = power_norm(first.operator.normal, KeyedNoise()(0, like), NORM_ITERATIONS)
     unsampled = max((1 - float(union.double().mean()) for union in sampled.values()), default=0.0)
-    return Collection(alike(examples, first.density / norm**2), scans, pixels, unsampled, widest[1])
+    return Collection(alike(examples, first.density / norm**2), scans, files, pixels, unsampled, widest[1])
 
 
 def _example(

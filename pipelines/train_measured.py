@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from invdiff.config import build, find
+from invdiff.config import build, find, read_toml
 from invdiff.datasets import Measurements
 from invdiff.files import whole_file
 from invdiff.measured import Example, MeasuredLearning, Method
 from invdiff.measured.ambient import AmbientMethod
 from invdiff.pipelines.ambient import keep_scan
 from invdiff.pipelines.devices import device_of, dtype_of
-from invdiff.pipelines.measured_data import Collection, collect, held_out
+from invdiff.pipelines.measured_data import Collection, collect, files_of, held_out
 from invdiff.pipelines.mri import MRIConfig
 from invdiff.pipelines.train import Job, Way
 from invdiff.pipelines.training_folder import check_folder
@@ -55,10 +54,7 @@ def plan_of(config_file: Path) -> MeasuredPlan:
     Raises:
         ValueError: no TOML, or a wrong table, method, key or value.
     """
-    try:
-        document = tomllib.loads(config_file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{config_file} cannot be read as TOML: {error}") from error
+    document = read_toml(config_file)
     for name, table in document.items():
         if name not in TABLES or not isinstance(table, dict):
             raise ValueError(f"{config_file} has {name!r}; the tables {', '.join(TABLES)} are known")
@@ -102,6 +98,8 @@ def run(
         KeyboardInterrupt: after the step at which it came, with a checkpoint.
     """
     plan = plan_of(config_file)
+    if images is not None and not plan.method.supervised:
+        raise ValueError(f"the method {plan.method.name} is shown no images; --images {images} is for supervised ones")
     check_folder(out, resume)
     dtype, launcher = dtype_of(way.dtype, device_of(way.device)), launched(way.device)
     channels = plan.network.image_channels
@@ -133,13 +131,13 @@ def _read(
 ) -> tuple[Collection, list[Example], list[Example]]:
     """All scans, what of them is trained on, and what is validated on."""
     both = [*scans, *(validation or [])]
-    found: Collection = collect(both, plan.info(), plan.network.image_channels, plan.mri, images)
+    found = collect(both, plan.info(), plan.network.image_channels, plan.mri, images)
     count = max(found.scan) + 1
     if validation is None:
         held = held_out(count, plan.learning.held_out, plan.learning.seed)
     else:
-        first = collect(scans, plan.info(), plan.network.image_channels, plan.mri)
-        held = list(range(max(first.scan) + 1, count))
+        first = len(files_of(scans))
+        held = sorted({k for k, file in zip(found.scan, found.file, strict=True) if file >= first})
     trained, judged = found.where(sorted(set(range(count)) - set(held))), found.where(held)
     if plan.learning.patience and not judged:
         raise ValueError(
@@ -205,15 +203,19 @@ class MeasuredJob(Job):
 
 
 def card(info: PriorInfo, method: Method, examples: Sequence[Example], figures: Mapping[str, Any]) -> str:
-    """The model's card: what it is, and that it saw no image."""
+    """The model's card: what it is, and whether it saw an image."""
     shape = " x ".join(str(n) for n in examples[0].operator.domain.shape[2:])
     losses = ", ".join(f"{loss:.4f} at {sigma}" for sigma, loss in figures["validation_loss"].items())
     views, sigmas = ([getattr(e, name) for e in examples] for name in ("views", "sigma"))
     low, high = info.pixel_mm
+    if method.supervised:
+        seen = "with the images beside the measurements, for comparison: **it saw images**, and the measurements of"
+    else:
+        seen = "on measurements alone: **it saw no image**, only the measurements of"
     return (
         f"# {info.name}\n\n"
-        f"Trained by `{method.name}` on measurements alone: **it saw no image**, only the measurements of "
-        f"{len(examples)} slices ({min(views)} to {max(views)} views or lines each, noise {min(sigmas):.3g} to "
+        f"Trained by `{method.name}` {seen} {len(examples)} slices "
+        f"({min(views)} to {max(views)} views or lines each, noise {min(sigmas):.3g} to "
         f"{max(sigmas):.3g} in prior units).\n\n{method.about()}\n\n"
         f"- Images: {shape} pixels of {low:.3g} to {high:.3g} mm, in {info.unit}, -1 and 1 at {info.low:g} and "
         f"{info.high:g}\n"

@@ -98,6 +98,8 @@ def test_one_step_models_give_an_image_and_no_samples(tmp_path: Path, here: Any,
     more = ["--images", tmp_path / "images.h5"] if method == "supervised" else []
     model = trained(tmp_path, here, method, *more)
     assert isinstance(model, ForwardModel)
+    said = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert ("**it saw images**" in said, "**it saw no image**" in said) == (method == "supervised", method == "ssdu")
     operator, y, sigma = operator_of(read_measurements(tmp_path / "scans.h5")[1])
     example = example_of(operator / operator.norm(), y / operator.norm(), sigma / operator.norm())
     some = torch.arange(example.views) < 4
@@ -125,6 +127,10 @@ def test_supervised_methods_want_images_and_others_none(tmp_path: Path, here: An
         "train", tmp_path / "toy.toml", "--data", tmp_path, "--images", tmp_path / "images.h5", "-o", tmp_path / "run"
     )
     assert code == 2 and "--images goes with --from" in said
+    (tmp_path / "toy.toml").write_text(TOML.replace("METHOD", "ssdu"))
+    words = ("train", tmp_path / "toy.toml", "--from", tmp_path / "scans.h5", "--images", tmp_path / "images.h5")
+    code, said = here(*words, "-o", tmp_path / "run")
+    assert code == 2 and "the method ssdu is shown no images" in said and not (tmp_path / "run").exists()
 
 
 D, H, W = 3, 5, 6

@@ -339,6 +339,14 @@ def test_the_command_trains_resumes_and_its_model_samples(words: list[object], t
     assert (tmp_path / "x.nii.gz").exists() and (tmp_path / "x-std.nii.gz").exists()
 
 
+def test_validation_scans_are_not_trained_on(words: list[object], tmp_path: Path, here: Any) -> None:
+    """All of FOLDER's 6 scans of two slices are, and none is held out of them."""
+    other = scan_file(tmp_path / "other.h5", count=2, views=9)
+    assert here(*words, "--validation", other)[0] == 0
+    said = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "the measurements of 12 slices (12 to 12 views" in said and "none was held out" not in said
+
+
 @pytest.mark.parametrize(
     ("case", "said"),
     [
