@@ -59,9 +59,7 @@ def config_of(name: str, method: str, out: Path, images: int | None) -> Path:
     """The committed configuration of an example with another method and number of examples seen, in ``out``."""
     text = (EXAMPLES / f"train-{name}-measured.toml").read_text().replace('"forward-model"', f'"{method}"')
     if method == "ambient":
-        text = text.replace("sigma_center = -1.8", "sigma_center = -1.2").replace(
-            "sigma_min = 0.01", "sigma_min = 0.02"
-        )
+        text = text.replace("sigma_min = 0.01", "sigma_min = 0.02")
     if images is not None:
         text = "".join(f"images = {images}\n" if s.startswith("images =") else s + "\n" for s in text.splitlines())
     path = out / f"{name}-{method}.toml"

@@ -38,6 +38,7 @@ H, W = 3, 4  # pixels of the world
 N = H * W
 SIGMA = 0.05
 INFO = PriorInfo("toy", "", -1.0, 1.0, SIGMA, 80.0, 0.5, (0.0, 0.0))
+LINEAR = ForwardModelMethod(lift_steps=2)  # lifts that are linear in y
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def error_of(net: Linear, s: float, count: int = 300) -> float:
     m = len(MATRIX)
     zs = torch.randn(count, N + 2 * m, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     examples, part = part_of(zs, s, operator)
-    task = ForwardModelTask(examples, ForwardModelMethod(), MeasuredLearning(), INFO)
+    task = ForwardModelTask(examples, LINEAR, MeasuredLearning(), INFO)
     noisy = [e.y + (s**2 - SIGMA**2) ** 0.5 * n for e, n in zip(examples, part.noise, strict=True)]
     x = signal(net, task.inputs(examples, part, noisy), part.sigma.double()).flatten(1).detach()
     b_c = torch.cat([e.y for e in examples])[:, ROLES == CONTEXT] @ A_C
@@ -179,7 +180,7 @@ def test_the_optimum_of_the_loss_is_the_conditional_mean(s: float, weights: tupl
     """Over all of p(x, noise): the loss is quadratic, so that a few points give its mean exactly."""
     m = len(MATRIX)
     examples, part = part_of(exact_points(N + 2 * m), s, Rows(MATRIX))
-    method = ForwardModelMethod(held_weight=weights[0], target_weight=weights[1], filtered=weights[2])
+    method = replace(LINEAR, held_weight=weights[0], target_weight=weights[1], filtered=weights[2])
     task = ForwardModelTask(examples, method, MeasuredLearning(), INFO)
     net = solved(task, part)
     assert error_of(net, s) < 0.02
@@ -205,7 +206,7 @@ def test_the_loss_on_the_target_itself_would_copy_its_noise() -> None:
 
     found = []
     for task in (Copied, ForwardModelTask):
-        made = task(examples, ForwardModelMethod(held_weight=0.0, filtered=0.0), MeasuredLearning(), INFO)
+        made = task(examples, replace(LINEAR, held_weight=0.0, filtered=0.0), MeasuredLearning(), INFO)
         net = solved(made, part)  # the conditional mean, from the held-out rows
         gradients = torch.autograd.grad(made.loss(net, part, None), list(net.parameters()))
         found.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
@@ -220,7 +221,7 @@ def test_training_on_measurements_reaches_what_training_on_signals_does_as_scans
     for count in (150, 500, 1500):
         zs = torch.randn(count, N + 2 * m, generator=generator, dtype=torch.float64)
         examples, part = part_of(zs, s, Rows(MATRIX))
-        task = ForwardModelTask(examples, ForwardModelMethod(), MeasuredLearning(), INFO)
+        task = ForwardModelTask(examples, LINEAR, MeasuredLearning(), INFO)
         errors["measurements"].append(error_of(solved(task, part), s))
         errors["signals"].append(error_of(solved(task, part, MEAN + zs[:, :N] @ root.T), s))
     for found in errors.values():

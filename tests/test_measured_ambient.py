@@ -294,7 +294,7 @@ def test_an_ambient_prior_is_a_prior() -> None:
     """Slices independent, differentiable, levels alike or one a slice; with an operator that sees all it is EDM's."""
     white, n_y = draws(COUNT, N, N)
     example = replace(masked(white, n_y)[0], sigma=0.0)
-    info = AmbientMethod().exported(INFO, [example])
+    info = AmbientMethod(lift_steps=1).exported(INFO, [example])
     network = Affine()
     nn.init.normal_(network.linear.weight, std=0.1)
     network.white = torch.zeros(4 * N), torch.eye(4 * N)

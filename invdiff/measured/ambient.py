@@ -51,7 +51,7 @@ class AmbientMethod(Method):
     target: tuple[float, float] = (0.6, 0.95)
     seen_weight: float = 0.0
     unseen: float = 0.15
-    lift_steps: int = 2
+    lift_steps: int = 3
     filtered: float = 1.0
 
     def __post_init__(self) -> None:
@@ -150,10 +150,7 @@ def corrupted(example: Example, y: Tensor, chosen: Tensor, sigma: float, deviati
         deviation: of images in prior units; of the whole image without noise the lift is EDM's c_skip x.
         steps: see ``invdiff.measured.response.lift``.
     """
-    whole = (deviation**2 + sigma**2) ** 0.5
-    share = (deviation / whole) ** 2
-    found = example.lift(y, chosen, example.sigma, whole, steps)
-    return Lift(share * found.image, share * found.coverage, share * found.kept)
+    return example.lift(y, chosen, example.sigma, deviation, steps, sigma)
 
 
 def joined(lifts: Sequence[Lift], deviation: float) -> Inputs:

@@ -55,7 +55,9 @@ class Example:
         table = torch.cat([chosen.to(self.view.device) != 0, torch.zeros(1, dtype=torch.bool, device=self.view.device)])
         return table[self.view.long()].to(self.y.real.dtype)
 
-    def lift(self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1) -> Lift:
+    def lift(
+        self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1, under: float = 0.0
+    ) -> Lift:
         """The lift of the views that ``chosen`` (views) marks; of none it is 0.
 
         Args:
@@ -64,6 +66,7 @@ class Example:
             noise: standard deviation of a real component of y.
             deviation: of images in prior units.
             steps: see ``invdiff.measured.response.lift``.
+            under: standard deviation of white noise that the image was under before it was measured.
         """
         count = int((chosen != 0).sum())
         if count == 0:
@@ -71,7 +74,7 @@ class Example:
         if self.response is None:
             raise ValueError(f"{self.source} has an operator without a response; a linear one is wanted")
         response = self.response.share(count / self.views)
-        return lift(self.operator, y, response, noise, deviation, steps, self.mask(chosen))
+        return lift(self.operator, y, response, noise, deviation, steps, self.mask(chosen), under)
 
     def misfit(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """||A x - y||^2 over the views that ``chosen`` marks, by the number of real measurements: ()."""

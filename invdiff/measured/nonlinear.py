@@ -28,9 +28,11 @@ class NonlinearExample(Example):
     middle: float = 0.0
     size: float = 1.0
 
-    def lift(self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1) -> Lift:
-        """``features`` of the chosen views; arguments as of ``Example.lift``, ``steps`` without a meaning here."""
-        del steps
+    def lift(
+        self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1, under: float = 0.0
+    ) -> Lift:
+        """``features`` of the chosen views; as of ``Example.lift``, ``steps`` and ``under`` without a meaning here."""
+        del steps, under
         index = torch.nonzero(chosen).flatten().tolist()
         if not index:
             return nothing(torch.empty(self.operator.domain.shape, device=y.device))
@@ -77,7 +79,7 @@ def features(
         raise ValueError(f"the operator lifts to {tuple(found.shape)}; the image's {operator.domain.shape} is wanted")
     share = torch.full_like(found[:, :1], len(operator.views if chosen is None else chosen) / VIEWS)
     kept = torch.full_like(nothing(found).kept, KEPT)
-    return Lift(deviation * KEPT**0.5 * found, share, kept)
+    return Lift(deviation * KEPT**0.5 * found, share, kept, torch.ones_like(kept[:1, :1]))
 
 
 def nonlinear_example_of(operator: Any, y: Tensor, sigma: float, source: str = "the scan") -> NonlinearExample:

@@ -5,7 +5,9 @@ h = d^2 c / (d^2 r + s^2 c), with c the diagonal of A^H A there, r the squared n
 frequency) and s the noise of y. It is linear in y, costs one adjoint, is filtered backprojection with a noise-dependent
 window for CT, and for a unitary A exactly EDM's c_skip x. Of white images it recovers the share h c of a frequency's
 variance: this is what coverage maps, the fusion of two lifts and the preconditioning of the network are made of.
-A few steps of Richardson's iteration with this filter, linear in y too, make up for what of A is not circulant.
+A second step of Richardson's iteration with this filter, linear in y too, makes up for what of A is not circulant.
+Images are not white: most of what they are lies at low frequencies, which a filter for white ones believes noise. From
+three steps on a lift is that many of CG for images whose power falls with the square of the frequency.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ LEAST = 0.03  # of the most that a frequency's transfer can be, its row's norm: 
 SMOOTH = 8.0  # variance of a row's signal over that of white images: bodies are smooth, and rows add them up
 NEAR = 0.97  # of a frequency's variance that steps of CG are believed to recover where noise does not limit them
 LINEAR = 2  # steps of a lift that are linear in y
+FALL = 2  # power of the frequency (cycles an image) with which the variance of images falls, where more steps are taken
 MOST = 1 - 1e-4  # of a frequency's variance that a lift is believed to recover: images are not white
 
 
@@ -57,17 +60,19 @@ class Response(NamedTuple):
 class Lift(NamedTuple):
     """image: (s c h w), prior units about 0; coverage: of each pixel in [0, 1] or so (s 1 h w).
 
-    kept: share of a white image's variance that the lift recovers, of each frequency (s c ...), in [0, 1).
+    kept: share of the variance that the lift recovers, of each frequency (s c ...), in [0, 1); power: the variance of
+    the image there, over its mean (1 1 ...).
     """
 
     image: Tensor
     coverage: Tensor
     kept: Tensor
+    power: Tensor
 
     @property
     def recovered(self) -> Tensor:
         """``kept`` of the whole image, (s 1 1 1)."""
-        return self.kept.mean((1, 2, 3), keepdim=True)
+        return (self.power * self.kept).mean((1, 2, 3), keepdim=True)
 
 
 def response_of(operator: Any, probes: int = 6) -> Response:
@@ -143,17 +148,25 @@ def _equaliser(weights: Tensor, noise_ratio: float) -> Tensor:
 
 
 def lift(
-    operator: Any, y: Tensor, response: Response, noise: float, deviation: float, steps: int = 1, mask: Any = 1.0
+    operator: Any,
+    y: Tensor,
+    response: Response,
+    noise: float,
+    deviation: float,
+    steps: int = 1,
+    mask: Any = 1.0,
+    under: float = 0.0,
 ) -> Lift:
     """The lift of y: ``steps`` of x <- x + h (A^H D (y - A x) - (s / d)^2 x) from 0, h the filter above; or of CG.
 
-    More than ``LINEAR`` steps are CG's for the same equation without D: the iteration diverges there where a few views
-    lie close together. CG's are homogeneous in y but not linear, and nearer: at 20 to 40 views of photon counts three
-    have 24 to 25 dB where two of the iteration have 16 to 18, and filtered backprojection 21 to 26.
+    More than ``LINEAR`` steps are CG's for (A^H D A + s^2 / (d^2 P)) x = A^H D y, P ~ 1 / (1 + f^2), f in cycles an
+    image: three of them are what pays. They are homogeneous in y but not linear, and much nearer (root mean square
+    error for 30 to 60 views of bodies, rms 0.8: 0.16 against 0.36 by two of the filter at the scans' own noise, 0.30
+    against 0.69 at s = 1; for fourfold MR, rms 0.21: 0.07 and 0.12 against 0.07 and 0.21).
 
-    For a unitary A the first step is the best linear estimate of white images, and the others stay there. D is the
-    identity, or undoes the weights of whitening, which are far from circulant (photon counts of a body's rays differ by
-    orders of magnitude), where the signal is above the noise.
+    For a unitary A the first step of the filter is the best linear estimate of white images, and the second stays
+    there. D is the identity, or undoes the weights of whitening, which are far from circulant (photon counts of a
+    body's rays differ by orders of magnitude), where the signal is above the noise.
 
     Args:
         operator: A, linear.
@@ -163,21 +176,60 @@ def lift(
         deviation: d, of images in prior units.
         steps: each after the first costs one product with A^H A, those of CG the first one too.
         mask: 1 for the measurements that are used, else 0.
+        under: standard deviation of white noise that the image was under before it was measured.
     """
+    seen = _seen(operator, response, noise, (deviation**2 + under**2) ** 0.5)
     if steps > LINEAR:
-        c, rho = response.transfer, (noise / deviation) ** 2
-        b = operator.adjoint(mask * y)
-        image = cg(lambda v: operator.adjoint(mask * operator.forward(v)) + rho * v, b, iterations=steps)
-        kept = (NEAR * c / (c + rho).clamp_min(torch.finfo(c.dtype).tiny)).clamp(0, MOST)
-        return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
-    seen = _seen(operator, response, noise, deviation)
-    h = torch.where(seen.transfer > 0, deviation**2 * seen.transfer / seen.total, 0.0)
+        return _lift_of_images(operator, y, response, seen, (under / deviation) ** 2, steps, mask)
+    h = torch.where(seen.transfer > 0, seen.power * seen.transfer / seen.total, 0.0)
     image = _filtered(h, operator.adjoint(mask * seen.even * y))
     for _ in range(steps - 1):
         left = operator.adjoint(mask * seen.even * (y - operator.forward(image)))
         image = image + _filtered(h, left - seen.shrink * image)
-    kept = (h * seen.transfer).clamp(0, MOST)
-    return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept)
+    share = deviation**2 / seen.power
+    kept = share * (h * seen.transfer).clamp(0, MOST)
+    return Lift(share * image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept, torch.ones_like(kept[:1, :1]))
+
+
+def _lift_of_images(
+    operator: Any, y: Tensor, response: Response, seen: _Seen, under: float, steps: int, mask: Any
+) -> Lift:
+    """Steps of CG for images whose power falls; ``under``: variance of the white noise on the image, over the image's.
+
+    In u = G^-1 x with G = (c + s^2 / (d^2 P))^-1/2 and c the mean of the diagonal of A^H D A: it takes P's range off.
+    """
+    c, rho = seen.transfer, seen.shrink * (1 + under)  # (s / d)^2, the image's own d
+    h, w = response.where.shape[-2:]
+    fall = falling(h, w, c)
+    power = fall + under
+    g = (c.sum((1, 2, 3), keepdim=True) / c[0].numel() + rho / power).rsqrt()
+
+    def through(v: Tensor, by: Tensor) -> Tensor:
+        return torch.fft.irfft2(by * torch.fft.rfft2(v), s=(h, w))
+
+    def normal(u: Tensor) -> Tensor:
+        x = through(u, g)
+        return through(operator.adjoint(mask * seen.even * operator.forward(x)), g) + through(u, g * g * rho / power)
+
+    u = cg(normal, through(operator.adjoint(mask * seen.even * y), g), iterations=steps)
+    image = through(u, g * fall / power)
+    wide = _margins(h, w)
+    fall = falling(h + wide[2] + wide[3], w + wide[0] + wide[1], c)
+    power = fall + under
+    kept = NEAR * fall / power * c * power / (c * power + rho)
+    lines = torch.full_like(fall, 2.0)
+    lines[..., 0] = 1.0
+    return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept, fall * lines / (fall * lines).mean())
+
+
+def falling(h: int, w: int, like: Tensor) -> Tensor:
+    """Variance of images at the frequencies of ``rfft2``, over its mean: (1 1 h w//2+1).
+
+    It falls with the power ``FALL`` of the frequency from one cycle an image on, as that of natural images does.
+    """
+    f = torch.hypot(h * torch.fft.fftfreq(h)[:, None], w * torch.fft.fftfreq(w)[None])
+    power = 1 / (1 + f**FALL)
+    return (power / power.mean())[None, None, :, : w // 2 + 1].to(like)
 
 
 def evened(
@@ -202,9 +254,10 @@ def evened(
 
 
 class _Seen(NamedTuple):
-    """even: D; transfer: of A^H D A; total: variance of A^H D y, of each frequency; shrink: (s / d)^2 after D."""
+    """even: D; power: d^2; transfer: of A^H D A; total: variance of A^H D y there; shrink: (s / d)^2 after D."""
 
     even: Any
+    power: float
     transfer: Tensor
     total: Tensor
     shrink: float
@@ -223,7 +276,7 @@ def _seen(operator: Any, response: Response, noise: float, deviation: float) -> 
     c = response.transfer
     rows = first**2 * c.square() + second * (response.power - c.square())
     total = (power * rows + square * loud * c).clamp_min(torch.finfo(c.dtype).tiny)
-    return _Seen(even, first * c, total, loud / first * square / power)
+    return _Seen(even, power, first * c, total, loud / first * square / power)
 
 
 def _filtered(h: Tensor, b: Tensor) -> Tensor:
@@ -239,11 +292,11 @@ def nothing(like: Tensor) -> Lift:
     """The lift of no measurements: of the shape of ``like`` (s c h w)."""
     zero, (h, w) = torch.zeros_like(like), like.shape[-2:]
     kept = zero.new_zeros((*like.shape[:2], h + 2 * (h // 2), (w + 2 * (w // 2)) // 2 + 1))
-    return Lift(zero, zero[:, :1], kept)
+    return Lift(zero, zero[:, :1], kept, torch.ones_like(kept[:1, :1]))
 
 
 def fused(one: Lift, other: Lift) -> tuple[Tensor, Tensor]:
-    """The best estimate of white images from two lifts with unrelated errors, and its error.
+    """The best estimate of images from two lifts with unrelated errors, and its error.
 
     Returns:
         Image (s c h w), and the share of the variance that it leaves unknown (s 1 1 1).
@@ -251,6 +304,6 @@ def fused(one: Lift, other: Lift) -> tuple[Tensor, Tensor]:
     a, b = 1 - one.kept, 1 - other.kept
     left = 1 / (1 / a + 1 / b - 1)
     if not bool((one.kept > 0).any()):
-        return other.image, b.mean((1, 2, 3), keepdim=True)
+        return other.image, (other.power * b).mean((1, 2, 3), keepdim=True)
     image = _filtered(left / a, one.image) + _filtered(left / b, other.image)
-    return image, left.mean((1, 2, 3), keepdim=True)
+    return image, (other.power * left).mean((1, 2, 3), keepdim=True)

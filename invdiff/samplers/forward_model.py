@@ -28,7 +28,7 @@ CG_STEPS = 20  # of the last consistency
 class ForwardModelState(NamedTuple):
     """i: steps done; x: clean estimate of the last step (s c h w); y_t: noisy target measurement (s ...).
 
-    past: of the move (k s ...); image, coverage, kept: the context's lift, which does not change.
+    past: of the move (k s ...); image, coverage, kept, power: the context's lift, which does not change.
     """
 
     i: int
@@ -38,6 +38,7 @@ class ForwardModelState(NamedTuple):
     image: Tensor
     coverage: Tensor
     kept: Tensor
+    power: Tensor
 
 
 @dataclass(frozen=True)
