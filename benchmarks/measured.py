@@ -31,16 +31,13 @@ from torch import Tensor
 from invdiff.calibration import covered, student_interval
 from invdiff.datasets import Measurements
 from invdiff.files import whole_file
-from invdiff.measured import example_of
-from invdiff.measured.one_step import one_step
 from invdiff.metrics import psnr, ssim
 from invdiff.pipelines.mri import MRIConfig, as_seen_by, way_of
 from invdiff.pipelines.scans import operator_of
 from invdiff.priors import NoPrior, load
 from invdiff.priors.model import fast_dtype
-from invdiff.problem import prepare
 from invdiff.reconstruction import reconstruct
-from invdiff.samplers import CGLS, DDS, FBP, TV, ForwardModelDiffusion, REDDiff
+from invdiff.samplers import CGLS, DDS, FBP, TV, ForwardModelDiffusion, OneStep, REDDiff
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 METHODS = ("forward-model", "forward-model-supervised", "ssdu", "supervised", "ambient")
@@ -139,16 +136,6 @@ def samples_of(scan: Measurements, model: Any) -> Tensor:
     return point(scan, model, sampler, SAMPLES)
 
 
-def image_of(scan: Measurements, model: Any) -> Tensor:
-    """The image (1 c h w) of a one-step model."""
-    made = problem_of(scan, 1, model, ForwardModelDiffusion())
-    prepared = prepare(made.y, made.operator, made.prior, made.sigma)
-    p = prepared.problem
-    with torch.no_grad():
-        x = one_step(model.network, model.info, example_of(p.operator, p.y, p.sigma_y))
-    return prepared.to_physical(x)
-
-
 def point(scan: Measurements, prior: Any, sampler: Any, count: int = 1) -> Tensor:
     """The image, or images, of a sampler: (s c h w)."""
     made = problem_of(scan, count, prior, sampler)
@@ -210,7 +197,7 @@ def judge(name: str, context: str, method: str, out: Path, slices: source.Slices
             sampler: Callable[[], Any] = REDDiff if method.endswith("reddiff") else DDS
             found = scored([point(s, model, sampler()) for s in scans], truth, name)
         else:
-            found = scored([image_of(s, model) for s in scans], truth, name)
+            found = scored([point(s, model, OneStep()) for s in scans], truth, name)
     return {**found, "cpu_s": (time.process_time() - began) / len(scans)}
 
 

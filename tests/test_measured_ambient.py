@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from invdiff.config import build
-from invdiff.measured import CONTEXT, HELD, TARGET, Example, MeasuredLearning, example_of
+from invdiff.measured import (
+    CONTEXT,
+    HELD,
+    TARGET,
+    Example,
+    Lift,
+    MeasuredLearning,
+    example_of,
+    inputs_of,
+    nothing,
+    signal,
+)
 from invdiff.measured.ambient import AmbientMethod, AmbientPrior, corrupted, joined
 from invdiff.measured.forward import MeasuredPart
 from invdiff.measured.model import extra_channels
@@ -23,7 +34,6 @@ from invdiff.measured.one_step import (
     OneStepMethod,
     SupervisedForwardModelMethod,
     SupervisedOneStepMethod,
-    one_step,
 )
 from invdiff.operators import LinearOperatorBase, Mask, VolumeRenderer
 from invdiff.priors.model import PriorInfo
@@ -230,7 +240,10 @@ def test_the_one_step_optimum_is_the_posterior_mean(supervised: bool) -> None:
     method.check(examples, INFO)
     network = trained(method.task(examples, LEARNING, INFO), roles, LEVEL, [torch.zeros(())] * COUNT)
     with torch.no_grad():
-        found = torch.cat([one_step(network, method.exported(INFO, examples), e, roles == CONTEXT) for e in examples])
+        lifts = [e.lift(e.y, roles == CONTEXT, e.sigma, INFO.sigma_data) for e in examples]
+        context = Lift(*(torch.cat(field) for field in zip(*lifts, strict=True)))
+        inputs = inputs_of(context, nothing(context.image), INFO.sigma_data)
+        found = signal(network, inputs, torch.full((COUNT,), LEVEL))
     y = torch.cat([e.y for e in examples]).flatten(1)[:, :4]
     assert off(found, posterior_mean(rows[:4], y, SIGMA_Y**2 * torch.eye(4))) < 0.02
 

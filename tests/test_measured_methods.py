@@ -14,17 +14,16 @@ import torch
 
 from invdiff import reconstruct
 from invdiff.datasets import Measurements, read_measurements, write_measurements
-from invdiff.measured import ForwardModel, example_of
+from invdiff.measured import ForwardModel
 from invdiff.measured.ambient import AmbientPrior
 from invdiff.measured.model import extra_channels
 from invdiff.measured.nonlinear import NonlinearExample, nonlinear_example_of
-from invdiff.measured.one_step import one_step
 from invdiff.operators import ParallelBeam, VolumeRenderer
 from invdiff.pipelines.measured_data import collect
 from invdiff.pipelines.scans import operator_of
-from invdiff.priors import PriorInfo, load
+from invdiff.priors import GaussianPrior, PriorInfo, load
 from invdiff.priors.network import UNet, UNetConfig
-from invdiff.samplers import DDS, ForwardModelDiffusion, REDDiff
+from invdiff.samplers import DDS, ForwardModelDiffusion, OneStep, REDDiff
 from invdiff.units import MU_WATER
 
 SIZE, VIEWS, SCANS = 14, 9, 5
@@ -101,14 +100,18 @@ def test_one_step_models_give_an_image_and_no_samples(tmp_path: Path, here: Any,
     said = (tmp_path / "run" / "model" / "README.md").read_text()
     assert ("**it saw images**" in said, "**it saw no image**" in said) == (method == "supervised", method == "ssdu")
     operator, y, sigma = operator_of(read_measurements(tmp_path / "scans.h5")[1])
-    example = example_of(operator / operator.norm(), y / operator.norm(), sigma / operator.norm())
-    some = torch.arange(example.views) < 4
-    images = [one_step(model.network, model.info, example, c) for c in (None, some)]
-    assert float((images[0] - images[1]).abs().max()) > 1e-4
-    masked = replace(example, y=example.mask(some) * example.y)
-    assert torch.equal(one_step(model.network, model.info, masked, some), images[1])  # nothing else is looked at
-    with pytest.raises(ValueError, match=f"trained by {method}, which gives no samples"):
+    images = [reconstruct(v, operator, model, OneStep(), sigma, seed=k).x for k, v in enumerate((y, y, 0.9 * y))]
+    assert torch.equal(images[0], images[1])
+    assert 1e-3 < float((images[0] - images[2]).norm() / images[0].norm()) < 1
+    with pytest.raises(ValueError, match=f"trained by {method}; the sampler forward-model wants one of forward-model"):
         reconstruct(y, operator, model, ForwardModelDiffusion(steps=2), sigma)
+    with pytest.raises(ValueError, match="it serves the sampler one-step alone"):
+        reconstruct(y, operator, model, DDS(steps=2), sigma)
+    with pytest.raises(ValueError, match="is one of images; the sampler one-step wants a model of invdiff train"):
+        reconstruct(y, operator, GaussianPrior(torch.zeros(1), torch.ones(1)), OneStep(), sigma)
+    words = ("--sampler", "one-step", "--prior", tmp_path / "run" / "model", "-o", tmp_path / "x.nii.gz")
+    code, said = here("reconstruct", tmp_path / "scans.h5", *words)
+    assert code == 0 and (tmp_path / "x.nii.gz").exists(), said
 
 
 def test_a_supervised_forward_model_samples(tmp_path: Path, here: Any) -> None:

@@ -90,8 +90,9 @@ def test_two_slices_tell_of_many(kind: str, slices: int, scan: Measurements) -> 
 def test_every_sampler_is_counted(kind: str) -> None:
     outline = Outline(Space((2, 1, 40, 36), torch.float32), Space((2, 1, 12, 54), torch.float32), "1/mm")
     prior = white()
-    if kind == "forward-model":  # which wants a model of scans, here only described
-        prior.info = MeasuredInfo("toy", "HU", -1000.0, 2000.0, 0.01, 50.0, 0.5, (0.0, 0.0))
+    if kind in ("forward-model", "one-step"):  # which want a model of scans, here only described
+        method = {"forward-model": kind, "one-step": "ssdu"}[kind]
+        prior.info = MeasuredInfo("toy", "HU", -1000.0, 2000.0, 0.01, 50.0, 0.5, (0.0, 0.0), method=method)
     volume = volume_of(Work(find("samplers", kind)()), prior, outline, torch.ones(2, 1, 12, 54))
     assert IMAGE < volume.at_end <= volume.peak < 60 * IMAGE
     assert volume.at_denoiser <= volume.peak

@@ -107,7 +107,11 @@ def last(sampler: Any, problem: Problem, state: Any = None) -> Any:
 
 
 def test_every_registered_sampler_is_tested() -> None:
-    assert set(registered("samplers")) == {*SHORT, "forward-model"}  # which has no prior: test_forward_models.py
+    assert set(registered("samplers")) == {
+        *SHORT,
+        "forward-model",
+        "one-step",
+    }  # which have no prior: test_measured_*.py
 
 
 @pytest.mark.parametrize("kind", SHORT)

@@ -19,7 +19,8 @@ from invdiff.priors.network import UNet, UNetConfig
 from invdiff.priors.state_dict import load_weights, state_dict_of
 
 SAMPLE = ("forward-model", "forward-model-supervised")  # methods whose models the sampler forward-model takes
-METHODS = (*SAMPLE, "ssdu", "supervised")  # and those of one step
+ONE_STEP = ("ssdu", "supervised")  # and the sampler one-step
+METHODS = (*SAMPLE, *ONE_STEP)
 COVERAGES = 2  # maps beside the lifts: of the context and of the target
 
 
@@ -131,11 +132,11 @@ class ForwardModel(NetworkPrior):
         Raises:
             ValueError: images in the place of the inputs, as of a sampler that wants a prior.
         """
-        wanted = stacked_channels(self.channels)
+        wanted, sampler = stacked_channels(self.channels), "one-step" if self.info.method in ONE_STEP else SAMPLE[0]
         if x.ndim != 4 or x.shape[1] != wanted:
             raise ValueError(
-                f"the model {self.info.name!r} was trained on measurements and is no prior of images: it serves the "
-                f"sampler forward-model alone (it got {tuple(x.shape)}, ({x.shape[0]}, {wanted}, h, w) is wanted)"
+                f"the model {self.info.name!r} takes lifts of measurements and is no prior of images: it serves the "
+                f"sampler {sampler} alone (it got {tuple(x.shape)}, ({x.shape[0]}, {wanted}, h, w) is wanted)"
             )
         inputs, level = unstacked(x, self.channels), sigma.to(x).expand(x.shape[0])
         with torch.autocast(x.device.type, dtype=self.autocast or torch.float32, enabled=self.autocast is not None):

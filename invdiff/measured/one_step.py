@@ -188,18 +188,3 @@ def check_truths(examples: Sequence[Example]) -> None:
             raise ValueError(
                 f"{example.source} has no image; a supervised method wants one of every scan: --images FILE"
             )
-
-
-def one_step(network: nn.Module, info: MeasuredInfo, example: Example, chosen: Tensor | None = None) -> Tensor:
-    """The image (1 c h w) in prior units that a network of ``OneStepMethod`` makes of one scan.
-
-    Args:
-        network: as trained.
-        info: as trained.
-        example: the scan.
-        chosen: marks the views to take (views); all if None.
-    """
-    some = torch.ones(example.views) if chosen is None else chosen
-    context = example.lift(example.y, some, example.sigma, info.sigma_data, info.lift_steps)
-    inputs = inputs_of(context, nothing(context.image), info.sigma_data)
-    return signal(network, inputs, torch.full((1,), LEVEL, device=example.y.device))

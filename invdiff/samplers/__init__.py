@@ -17,6 +17,7 @@ from invdiff.samplers.ghvb import GHVB
 from invdiff.samplers.gibbs import SplitGibbs
 from invdiff.samplers.heun import Heun
 from invdiff.samplers.l1wavelet import L1Wavelet
+from invdiff.samplers.one_step import OneStep
 from invdiff.samplers.pigdm import PiGDM
 from invdiff.samplers.reddiff import REDDiff
 from invdiff.samplers.repaint import RePaint
@@ -44,6 +45,7 @@ __all__ = [
     "ForwardModelDiffusion",
     "Heun",
     "L1Wavelet",
+    "OneStep",
     "PiGDM",
     "REDDiff",
     "RePaint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -99,13 +100,13 @@ class ForwardModelDiffusion:
             ValueError: a usual prior, a nonlinear operator, noise that the model does not know, or guidance of a model
                 that was never trained without a context.
         """
-        info, A = _model_of(problem), problem.operator if hasattr(problem.operator, "lift") else linear(self, problem)
+        info, A = model_of(problem), problem.operator if hasattr(problem.operator, "lift") else linear(self, problem)
         if self.guidance != 1 and info.dropped == 0:
             raise ValueError(
                 f"guidance is {self.guidance} and the model {info.name!r} knows no empty context; 1 is wanted"
             )
         response = response_of(A) if hasattr(A, "adjoint") else None
-        _check_noise(problem, info, response)
+        check_noise(problem, info, response)
         context = _lifted(problem, A, response, problem.y, problem.sigma_y)
         operator, _ = self._target(problem, info)
         y_t = torch.zeros(operator.range.shape, dtype=operator.range.dtype, device=problem.y.device)
@@ -115,7 +116,7 @@ class ForwardModelDiffusion:
     def step(self, problem: Problem, state: ForwardModelState) -> ForwardModelState:
         """x from y and y_t, A_T x in the place of the denoised iterate, and the move (methods of DFM, section 3)."""
         i, _, y_t, past, *context = state
-        info = _model_of(problem)
+        info = model_of(problem)
         operator, response = self._target(problem, info)
         grid = self._levels(info)
         s, A = grid[i], operator
@@ -151,20 +152,27 @@ def _target_of(operator: Any, target: str, views: int, density: float) -> tuple[
     return scaled, response_of(scaled)
 
 
-def _model_of(problem: Problem) -> MeasuredInfo:
-    """The model's description; refuses a usual prior."""
+def model_of(problem: Problem, methods: Sequence[str] = SAMPLE, sampler: str = "forward-model") -> MeasuredInfo:
+    """The model's description.
+
+    Raises:
+        ValueError: a usual prior, or a model that was not trained by one of ``methods``, which ``sampler`` wants.
+    """
     info = getattr(problem.prior, "info", None)
     if not isinstance(info, MeasuredInfo):
         named = getattr(info, "name", type(problem.prior).__name__)
         raise ValueError(
-            f"the prior {named!r} is one of images; the sampler forward-model wants a model of invdiff train --from"
+            f"the prior {named!r} is one of images; the sampler {sampler} wants a model of invdiff train --from"
         )
-    if info.method not in SAMPLE:
-        raise ValueError(f"the model {info.name!r} was trained by {info.method}, which gives no samples")
+    if info.method not in methods:
+        raise ValueError(
+            f"the model {info.name!r} was trained by {info.method}; the sampler {sampler} wants one of "
+            f"{' or '.join(methods)}"
+        )
     return info
 
 
-def _check_noise(problem: Problem, info: MeasuredInfo, response: Response | None) -> None:
+def check_noise(problem: Problem, info: MeasuredInfo, response: Response | None) -> None:
     """Refuse a scan that is much noisier, or much less so, than those of the training: whitened otherwise, mostly."""
     rows = info.density if response is None else density_of(problem.operator, response)
     noise = problem.sigma_y * (info.density / rows) ** 0.5
@@ -178,7 +186,7 @@ def _check_noise(problem: Problem, info: MeasuredInfo, response: Response | None
 
 def _lifted(problem: Problem, operator: Any, response: Response | None, y: Tensor, noise: float) -> Lift:
     """The lift of a measurement: by a filter, or by the operator's own features where it is not linear."""
-    info = _model_of(problem)
+    info = model_of(problem)
     if response is None:
         return features(operator, y, noise, info.sigma_data, scale_of(problem.y))
     return lift(operator, y, response, noise, info.sigma_data, info.lift_steps)
