@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from invdiff.datasets import Measurements, write_measurements
@@ -376,6 +380,27 @@ def test_the_command_trains_resumes_and_its_model_samples(words: list[object], t
     line = ["reconstruct", scan, "--sampler", "forward-model", "--prior", tmp_path / "run" / "model"]
     assert here(*line, "-o", tmp_path / "x.nii.gz", "--samples", 2, "sampler.steps=3")[0] == 0
     assert (tmp_path / "x.nii.gz").exists() and (tmp_path / "x-std.nii.gz").exists()
+
+
+def test_two_processes_train_as_one(words: list[object], tmp_path: Path) -> None:
+    """Under the launcher of priors: three scans of a batch, of other views each, on one process and on two."""
+    (tmp_path / "toy.toml").write_text(TOML.replace("batch = 2", "batch = 3") + "warmup = 1\n")
+    scan_file(tmp_path / "scans" / "b.h5", count=2, views=9)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = []
+    for name, many in (("one", []), ("two", launch)):
+        line = [sys.executable, *many, "-m", "invdiff.pipelines.cli", *map(str, words[:-1]), str(tmp_path / name)]
+        done = subprocess.run([*line, "--dtype", "float32"], capture_output=True, text=True, env=env, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert f"{2 if many else 1} x cpu" in done.stdout
+        weights = load_file(tmp_path / name / "model" / "weights.safetensors")
+        log = (tmp_path / name / "log.csv").read_text().splitlines()
+        found.append((weights, [float(row.rsplit(",", 1)[0].rsplit(",", 1)[1]) for row in log[1:]]))
+    (ours, one), (theirs, two) = found
+    assert len(one) > 1 and one == pytest.approx(two, rel=1e-4)
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], atol=1e-5, rtol=1e-3)
 
 
 def test_validation_scans_are_not_trained_on(words: list[object], tmp_path: Path, here: Any) -> None:
