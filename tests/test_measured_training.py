@@ -38,7 +38,8 @@ from invdiff.measured import (
 )
 from invdiff.measured.conditions import unseen
 from invdiff.measured.examples import view_of
-from invdiff.measured.response import falling
+from invdiff.measured.forward import noisy_target
+from invdiff.measured.response import falling, noise_of
 from invdiff.noise import KeyedNoise
 from invdiff.operators import CartesianMRI, FanBeam, Gaussian, Mask, ParallelBeam, RealChannels, Whitened
 from invdiff.operators.mri.simulate import birdcage_maps
@@ -175,6 +176,29 @@ def test_lifts_undo_the_weights_of_photon_counts() -> None:
     dark = example_of(Whitened(A, w), w * y, 1e-3)
     spoilt = dark.lift(dark.y, chosen, 1e-4, 0.5, 2).image
     assert bool(torch.isfinite(spoilt).all())
+
+
+def test_a_targets_noise_is_that_of_rows_without_weights() -> None:
+    """What is asked of a sampler, whose target nobody took: rays that are noisier themselves stay as they are."""
+    size, s, sigma = (16, 15), 0.3, 0.02
+    A = ParallelBeam((1, 1, *size), [math.pi * k / 20 for k in range(20)]) / 20
+    x = torch.zeros(1, 1, *size)
+    x[..., 3:12, 4:11] = 0.7
+    y = A(x)
+    w = (-3 * y).exp()
+    w = w / w.square().mean().sqrt()
+    plain, weighted = example_of(A, y, sigma), example_of(Whitened(A, w), w * y, sigma)
+    n = KeyedNoise(3)(0, y)
+    noisy = noisy_target(weighted, n, s)
+    torch.testing.assert_close(noisy - w * y, ((w * s) ** 2 - sigma**2).sqrt() * n, atol=1e-6, rtol=1e-4)
+    whole = w * y + w * s * n  # as if its own noise were counted in
+    ours = weighted.lift(whole, torch.ones(20), s, 0.5, 3, least=sigma).image
+    theirs, others = (plain.lift(v, torch.ones(20), s, 0.5, 3).image for v in (y + s * n, y))
+    assert float((ours - theirs).norm()) < 0.02 * float(theirs.norm()) < 0.1 * float((others - theirs).norm())
+    dark = Whitened(A, torch.where(w < 0.5, 0.01 * w, w))
+    levels = noise_of(dark, s, sigma)
+    assert bool((levels[w < 0.5] == sigma).all()) and float(levels[w >= 0.5].min()) > sigma
+    assert noise_of(A, s, sigma) == s
 
 
 def test_coverage_is_the_share_that_is_seen(examples: list[Example]) -> None:

@@ -95,7 +95,7 @@ class AmbientMethod(Method):
 
     def exported(self, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
         """The description with the scans' noise and views."""
-        return described(self, info, examples)
+        return described(self, info, examples, max(e.views for e in examples))
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,7 +56,14 @@ class Example:
         return table[self.view.long()].to(self.y.real.dtype)
 
     def lift(
-        self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1, under: float = 0.0
+        self,
+        y: Tensor,
+        chosen: Tensor,
+        noise: float,
+        deviation: float,
+        steps: int = 1,
+        under: float = 0.0,
+        least: float | None = None,
     ) -> Lift:
         """The lift of the views that ``chosen`` (views) marks; of none it is 0.
 
@@ -67,6 +74,7 @@ class Example:
             deviation: of images in prior units.
             steps: see ``invdiff.measured.response.lift``.
             under: standard deviation of white noise that the image was under before it was measured.
+            least: see there.
         """
         count = int((chosen != 0).sum())
         if count == 0:
@@ -74,7 +82,7 @@ class Example:
         if self.response is None:
             raise ValueError(f"{self.source} has an operator without a response; a linear one is wanted")
         response = self.response.share(count / self.views)
-        return lift(self.operator, y, response, noise, deviation, steps, self.mask(chosen), under)
+        return lift(self.operator, y, response, noise, deviation, steps, self.mask(chosen), under, least)
 
     def misfit(self, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
         """||A x - y||^2 over the views that ``chosen`` marks, by the number of real measurements: ()."""
@@ -205,10 +213,19 @@ class Splitting:
         """
         rng = np.random.default_rng(tuple(key))
         share, of_rest, dropped = rng.uniform(*self.context), rng.uniform(*self.target), rng.random() < self.dropped
-        context = min(views - FEWEST_VIEWS, round(share * views))
-        target = min(views - context - 1, max(1, round(of_rest * (views - context))))
+        context, target = self._counts(views, share, of_rest)
         roles = np.full(views, HELD)
         order = rng.permutation(views)
         roles[order[:context]] = HELD if dropped else CONTEXT
         roles[order[context : context + target]] = TARGET
         return torch.from_numpy(roles)
+
+    def largest_target(self, views: int) -> int:
+        """Of as many views at most ``draw`` makes a target."""
+        return self._counts(views, self.context[0], self.target[1])[1]
+
+    @staticmethod
+    def _counts(views: int, share: float, of_rest: float) -> tuple[int, int]:
+        """Views of the context and of the target."""
+        context = min(views - FEWEST_VIEWS, round(share * views))
+        return context, min(views - context - 1, max(1, round(of_rest * (views - context))))

@@ -1,8 +1,10 @@
 """Diffusion with forward models (Tewari et al., NeurIPS 2023) for scans: the denoising step goes through the operator.
 
 The network sees lifts of the context y_C and of the target under noise, y_T^s = y_T + sqrt(s^2 - sigma_y^2) eps, and
-gives an image x; A_T x is then the denoiser of A_T x at noise s. The loss compares A_N x with the held-out y_N, whose
-noise the network never saw, so that its optimum is E[x | y_C, y_T^s] on what the held-out parts see (Noise2Noise).
+gives an image x; A_T x is then the denoiser of A_T x at noise s. Where whitening weighted the rows (photon counts), s
+is the noise of a row without its weight, as of a target that nobody took, or the row's own where that is more. The loss
+compares A_N x with the held-out y_N, whose noise the network never saw, so that its optimum is E[x | y_C, y_T^s] on
+what the held-out parts see (Noise2Noise).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from invdiff.measured.conditions import check_coverage, check_grids, check_noise
 from invdiff.measured.examples import CONTEXT, HELD, TARGET, Example, Splitting
 from invdiff.measured.method import MeasuredLearning, Method
 from invdiff.measured.model import Inputs, MeasuredInfo, extra_channels, inputs_of, signal
-from invdiff.measured.response import Lift
+from invdiff.measured.response import Lift, noise_of
 from invdiff.priors.edm import draw_sigma
 from invdiff.priors.model import PriorInfo
 from invdiff.priors.training import SIGMAS, VALIDATED, generator_of, share_of
@@ -112,7 +114,7 @@ class ForwardModelMethod(Splitting, Method):
 
     def exported(self, info: PriorInfo, examples: Sequence[Example]) -> MeasuredInfo:
         """The description with the scans' noise and views."""
-        return described(self, info, examples, self.dropped)
+        return described(self, info, examples, max(self.largest_target(e.views) for e in examples), self.dropped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,13 +180,13 @@ class ForwardModelTask:
         context, target, steps, deviation = [], [], self.method.lift_steps, self.info.sigma_data
         for example, roles, y, sigma in zip(examples, part.roles, noisy, part.sigma.tolist(), strict=True):
             context.append(example.lift(example.y, roles == CONTEXT, example.sigma, deviation, steps))
-            target.append(example.lift(y, roles == TARGET, sigma, deviation, steps))
+            target.append(example.lift(y, roles == TARGET, sigma, deviation, steps, least=example.sigma))
         lifts = [Lift(*(torch.cat(field) for field in zip(*some, strict=True))) for some in (context, target)]
         return inputs_of(lifts[0], lifts[1], deviation)
 
     def misfit(self, example: Example, x: Tensor, noisy: Tensor, roles: Tensor, sigma: float, spread: Tensor) -> Tensor:
         """The weighted misfit of one image (1 c h w), over what its expectation is about: ()."""
-        method, keep = self.method, 1 - (example.sigma / sigma) ** 2
+        method, keep = self.method, 1 - (example.sigma / noise_of(example.operator, sigma, example.sigma)) ** 2
         rows = (
             Rows(roles == HELD, method.held_weight, 1.0, example.y),
             Rows(roles == TARGET, method.target_weight, keep, example.y - (1 - keep) * noisy),
@@ -194,11 +196,11 @@ class ForwardModelTask:
 
 
 class Rows(NamedTuple):
-    """Rows of a residual, gain A x - y. chosen: marks views; weight: of their squares; y: (1 ...)."""
+    """Rows of a residual, gain A x - y. chosen: marks views; weight: of their squares; gain: or (1 ...); y: (1 ...)."""
 
     chosen: Tensor
     weight: float
-    gain: float
+    gain: Any
     y: Tensor
 
 
@@ -225,15 +227,17 @@ def fit(example: Example, x: Tensor, rows: Sequence[Rows], spread: Tensor, filte
     return total
 
 
-def described(method: Any, info: PriorInfo, examples: Sequence[Example], dropped: float = 0.0) -> MeasuredInfo:
-    """What a model that a method trained says of itself: the scans' noise, rows and views, and ``dropped``."""
+def described(
+    method: Any, info: PriorInfo, examples: Sequence[Example], views: int, dropped: float = 0.0
+) -> MeasuredInfo:
+    """What a model that a method trained says of itself: the scans' noise and rows, ``views`` and ``dropped``."""
     sigmas, densities = [e.sigma for e in examples], [e.density for e in examples]
     return MeasuredInfo(
         **asdict(info),
         method=method.name,
         sigma_y=(min(sigmas), max(sigmas)),
         density=sum(densities) / len(densities),
-        views=max(example.views for example in examples),
+        views=views,
         dropped=dropped,
         lift_steps=method.lift_steps,
     )
@@ -256,7 +260,7 @@ def judged(
 
 
 def noisy_target(example: Example, noise: Tensor, sigma: float) -> Tensor:
-    """y^s = y + sqrt(s^2 - sigma_y^2) n, whose noise is s: the shape of y.
+    """y^s = y + sqrt(s^2 - sigma_y^2) n, whose noise is s, or ``noise_of``: the shape of y.
 
     Raises:
         ValueError: a level below the scan's own noise.
@@ -265,4 +269,5 @@ def noisy_target(example: Example, noise: Tensor, sigma: float) -> Tensor:
         raise ValueError(
             f"the noise level is {sigma:.4g}, that of {example.source} {example.sigma:.4g}; no less is wanted"
         )
-    return example.y + max(0.0, sigma**2 - example.sigma**2) ** 0.5 * noise
+    level = noise_of(example.operator, sigma, example.sigma)
+    return example.y + abs(level**2 - example.sigma**2) ** 0.5 * noise

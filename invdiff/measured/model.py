@@ -32,7 +32,7 @@ class MeasuredInfo(PriorInfo):
         method: how it was trained.
         sigma_y: least and greatest noise of the scans that it was trained on, prior units.
         density: mean squared norm of a row of their operators.
-        views: most views of a target in the training.
+        views: most views of a target in the training, of a scan where the method has no target.
         dropped: share of the training without a context.
         lift_steps: iterations of the lifts.
     """

@@ -29,10 +29,17 @@ class NonlinearExample(Example):
     size: float = 1.0
 
     def lift(
-        self, y: Tensor, chosen: Tensor, noise: float, deviation: float, steps: int = 1, under: float = 0.0
+        self,
+        y: Tensor,
+        chosen: Tensor,
+        noise: float,
+        deviation: float,
+        steps: int = 1,
+        under: float = 0.0,
+        least: float | None = None,
     ) -> Lift:
-        """``features`` of the chosen views; as of ``Example.lift``, ``steps`` and ``under`` without a meaning here."""
-        del steps, under
+        """``features`` of the chosen views; as of ``Example.lift``, the last three without a meaning here."""
+        del steps, under, least
         index = torch.nonzero(chosen).flatten().tolist()
         if not index:
             return nothing(torch.empty(self.operator.domain.shape, device=y.device))

@@ -141,6 +141,17 @@ def weights_of(operator: Any) -> Tensor | None:
     return None if weights is None else weights / weights.square().mean().sqrt()
 
 
+def noise_of(operator: Any, noise: float, least: float) -> Any:
+    """Noise of whitened measurements, of standard deviation ``least``, whose rows without the weights w get ``noise``.
+
+    max(w noise, least), of each measurement: a ray whose own noise is more keeps it. One number where w is 1.
+    """
+    weights = weights_of(operator)
+    if weights is None:
+        return max(noise, least)
+    return (weights * noise).clamp_min(max(least, torch.finfo(weights.dtype).tiny))
+
+
 def _equaliser(weights: Tensor, noise_ratio: float) -> Tensor:
     """(1 + t) / (w^2 + t): undoes weights w, but of rows whose signal is below the noise."""
     t = max(noise_ratio, LEAST**2)
@@ -156,6 +167,7 @@ def lift(
     steps: int = 1,
     mask: Any = 1.0,
     under: float = 0.0,
+    least: float | None = None,
 ) -> Lift:
     """The lift of y: ``steps`` of x <- x + h (A^H D (y - A x) - (s / d)^2 x) from 0, h the filter above; or of CG.
 
@@ -177,8 +189,10 @@ def lift(
         steps: each after the first costs one product with A^H A, those of CG the first one too.
         mask: 1 for the measurements that are used, else 0.
         under: standard deviation of white noise that the image was under before it was measured.
+        least: what the whitened y's noise was before that of its rows without weights was raised to ``noise``, see
+            ``noise_of``; None where y's own noise is ``noise``.
     """
-    seen = _seen(operator, response, noise, (deviation**2 + under**2) ** 0.5)
+    seen = _seen(operator, response, noise, (deviation**2 + under**2) ** 0.5, least)
     if steps > LINEAR:
         return _lift_of_images(operator, y, response, seen, (under / deviation) ** 2, steps, mask)
     h = torch.where(seen.transfer > 0, seen.power * seen.transfer / seen.total, 0.0)
@@ -263,16 +277,20 @@ class _Seen(NamedTuple):
     shrink: float
 
 
-def _seen(operator: Any, response: Response, noise: float, deviation: float) -> _Seen:
+def _seen(operator: Any, response: Response, noise: float, deviation: float, least: float | None = None) -> _Seen:
     """What becomes of white images of ``deviation`` and of white noise in A^H D y."""
     power, square, first, second, loud = deviation**2, noise**2, 1.0, 1.0, 1.0
     even: Any = 1.0
     weights = weights_of(operator)
     if weights is not None:
-        signal = SMOOTH * power * float(response.trace.mean()) / weights[0].numel()
-        even = _equaliser(weights, square / signal)
+        if least is None:
+            signal = SMOOTH * power * float(response.trace.mean()) / weights[0].numel()
+            even = _equaliser(weights, square / signal)
+        else:  # the rows without weights, but for those whose own noise is more
+            even = (noise / noise_of(operator, noise, least)).square()
         gain = even * weights.square()
-        first, second, loud = float(gain.mean()), float(gain.square().mean()), float((even * gain).mean())
+        first, second = float(gain.mean()), float(gain.square().mean())
+        loud = float((even * gain).mean()) if least is None else first
     c = response.transfer
     rows = first**2 * c.square() + second * (response.power - c.square())
     total = (power * rows + square * loud * c).clamp_min(torch.finfo(c.dtype).tiny)
