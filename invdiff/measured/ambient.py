@@ -51,7 +51,7 @@ class AmbientMethod(Method):
     target: tuple[float, float] = (0.6, 0.95)
     seen_weight: float = 0.0
     unseen: float = 0.15
-    lift_steps: int = 3
+    lift_steps: int = 8
     filtered: float = 1.0
 
     def __post_init__(self) -> None:

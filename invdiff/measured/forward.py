@@ -66,7 +66,7 @@ class ForwardModelMethod(Splitting, Method):
     target_weight: float = 1.0
     context_weight: float = 0.0
     filtered: float = 1.0
-    lift_steps: int = 3
+    lift_steps: int = 8
     unseen: float = 0.15
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class OneStepMethod(Method):
 
     context: tuple[float, float] = (0.05, 0.95)
     unseen: float = 0.15
-    lift_steps: int = 3
+    lift_steps: int = 8
     filtered: float = 1.0
 
     def __post_init__(self) -> None:

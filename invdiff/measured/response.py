@@ -7,7 +7,7 @@ window for CT, and for a unitary A exactly EDM's c_skip x. Of white images it re
 variance: this is what coverage maps, the fusion of two lifts and the preconditioning of the network are made of.
 A second step of Richardson's iteration with this filter, linear in y too, makes up for what of A is not circulant.
 Images are not white: most of what they are lies at low frequencies, which a filter for white ones believes noise. From
-three steps on a lift is that many of CG for images whose power falls with the square of the frequency.
+three steps on a lift is those of CG for images whose power falls with the square of the frequency.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ BOX = 5  # pixels over whose square estimates are averaged: probes are few
 RINGS = ((0.0, 1), (2.5, 3), (6.0, 5))  # cycles an image from which on, and frequencies over whose square, likewise
 LEAST = 0.03  # of the most that a frequency's transfer can be, its row's norm: no lift loses a frequency
 SMOOTH = 8.0  # variance of a row's signal over that of white images: bodies are smooth, and rows add them up
-NEAR = 0.97  # of a frequency's variance that steps of CG are believed to recover where noise does not limit them
+NEAR = 0.97  # of a frequency's variance that steps of CG are believed to recover at most
 LINEAR = 2  # steps of a lift that are linear in y
+TOLERANCE = 0.02  # relative residual at which steps of CG end: under much noise after two or three
 FALL = 2  # power of the frequency (cycles an image) with which the variance of images falls, where more steps are taken
 MOST = 1 - 1e-4  # of a frequency's variance that a lift is believed to recover: images are not white
 
@@ -171,10 +172,10 @@ def lift(
 ) -> Lift:
     """The lift of y: ``steps`` of x <- x + h (A^H D (y - A x) - (s / d)^2 x) from 0, h the filter above; or of CG.
 
-    More than ``LINEAR`` steps are CG's for (A^H D A + s^2 / (d^2 P)) x = A^H D y, P ~ 1 / (1 + f^2), f in cycles an
-    image: three of them are what pays. They are homogeneous in y but not linear, and much nearer (root mean square
-    error for 30 to 60 views of bodies, rms 0.8: 0.16 against 0.36 by two of the filter at the scans' own noise, 0.30
-    against 0.69 at s = 1; for fourfold MR, rms 0.21: 0.07 and 0.12 against 0.07 and 0.21).
+    More than ``LINEAR`` steps are CG's, that many at most, for (A^H D A + s^2 / (d^2 P)) x = A^H D y, P ~ 1 / (1 + f^2),
+    f in cycles an image. They are homogeneous in y but not linear, and much nearer (root mean square error for 30 to
+    60 views of bodies, rms 0.8: 0.09 against 0.36 by two of the filter at the scans' own noise, 0.26 against 0.69 at
+    s = 1; for fourfold MR, rms 0.21: 0.07 and 0.12 against 0.07 and 0.21).
 
     For a unitary A the first step of the filter is the best linear estimate of white images, and the second stays
     there. D is the identity, or undoes the weights of whitening, which are far from circulant (photon counts of a
@@ -225,12 +226,12 @@ def _lift_of_images(
         x = through(u, g)
         return through(operator.adjoint(mask * seen.even * operator.forward(x)), g) + through(u, g * g * rho / power)
 
-    u = cg(normal, through(operator.adjoint(mask * seen.even * y), g), iterations=steps)
+    u = cg(normal, through(operator.adjoint(mask * seen.even * y), g), None, steps, TOLERANCE)
     image = through(u, g * fall / power)
     wide = _margins(h, w)
     fall = falling(h + wide[2] + wide[3], w + wide[0] + wide[1], c)
     power = fall + under
-    kept = NEAR * fall / power * c * power / (c * power + rho)
+    kept = fall * seen.share.clamp(max=NEAR) / (power + rho / seen.gain)
     lines = torch.full_like(fall, 2.0)
     lines[..., 0] = 1.0
     return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept, fall * lines / (fall * lines).mean())
@@ -268,13 +269,29 @@ def evened(
 
 
 class _Seen(NamedTuple):
-    """even: D; power: d^2; transfer: of A^H D A; total: variance of A^H D y there; shrink: (s / d)^2 after D."""
+    """even: D; power: d^2; transfer: of A^H D A; rows: squared norm of its rows; total: variance of A^H D y there.
+
+    shrink: (s / d)^2 after D.
+    """
 
     even: Any
     power: float
     transfer: Tensor
+    rows: Tensor
     total: Tensor
     shrink: float
+
+    @property
+    def share(self) -> Tensor:
+        """How many of the frequencies about each A sees, if it is a mask on them: t^2 / r for t and r times 0 or g."""
+        return self.transfer.square() / self.rows.clamp_min(torch.finfo(self.rows.dtype).tiny)
+
+    @property
+    def gain(self) -> Tensor:
+        """g of those that it sees."""
+        return (self.rows / self.transfer.clamp_min(torch.finfo(self.rows.dtype).tiny)).clamp_min(
+            torch.finfo(self.rows.dtype).tiny
+        )
 
 
 def _seen(operator: Any, response: Response, noise: float, deviation: float, least: float | None = None) -> _Seen:
@@ -294,7 +311,7 @@ def _seen(operator: Any, response: Response, noise: float, deviation: float, lea
     c = response.transfer
     rows = first**2 * c.square() + second * (response.power - c.square())
     total = (power * rows + square * loud * c).clamp_min(torch.finfo(c.dtype).tiny)
-    return _Seen(even, power, first * c, total, loud / first * square / power)
+    return _Seen(even, power, first * c, rows, total, loud / first * square / power)
 
 
 def _filtered(h: Tensor, b: Tensor) -> Tensor:
