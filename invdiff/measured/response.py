@@ -172,7 +172,7 @@ def lift(
 ) -> Lift:
     """The lift of y: ``steps`` of x <- x + h (A^H D (y - A x) - (s / d)^2 x) from 0, h the filter above; or of CG.
 
-    More than ``LINEAR`` steps are CG's, that many at most, for (A^H D A + s^2 / (d^2 P)) x = A^H D y, P ~ 1 / (1 + f^2),
+    More than ``LINEAR`` steps are CG's, at most, for (A^H D A + s^2 / (d^2 P)) x = A^H D y, P ~ 1 / (1 + f^2),
     f in cycles an image. They are homogeneous in y but not linear, and much nearer (root mean square error for 30 to
     60 views of bodies, rms 0.8: 0.09 against 0.36 by two of the filter at the scans' own noise, 0.26 against 0.69 at
     s = 1; for fourfold MR, rms 0.21: 0.07 and 0.12 against 0.07 and 0.21).
