@@ -344,7 +344,7 @@ def test_the_last_solve_fits_the_measurements() -> None:
     ("case", "said"),
     [
         ("usual prior", "the prior 'GaussianPrior' is one of images"),
-        ("usual sampler", "was trained on measurements and is no prior of images"),
+        ("usual sampler", "takes lifts of measurements and is no prior of images"),
         ("noisier", "a scan whitened alike is wanted"),
         ("noiseless", "a scan whitened alike is wanted"),
         ("guidance", "guidance is 2.0 and the model 'toy' knows no empty context"),
