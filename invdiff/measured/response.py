@@ -28,7 +28,7 @@ LEAST = 0.03  # of the most that a frequency's transfer can be, its row's norm: 
 SMOOTH = 8.0  # variance of a row's signal over that of white images: bodies are smooth, and rows add them up
 NEAR = 0.97  # of a frequency's variance that steps of CG are believed to recover at most
 LINEAR = 2  # steps of a lift that are linear in y
-TOLERANCE = 0.02  # relative residual at which steps of CG end: under much noise after two or three
+TOLERANCE = 0.003  # relative residual at which steps of CG end: under much noise after three or four
 FALL = 2  # power of the frequency (cycles an image) with which the variance of images falls, where more steps are taken
 MOST = 1 - 1e-4  # of a frequency's variance that a lift is believed to recover: images are not white
 
