@@ -331,7 +331,7 @@ def test_a_run_resumes_bit_equal_from_any_state(sampler: ForwardModelDiffusion) 
     assert torch.equal(again, states[-1].x) and float((again - other).abs().max()) > 1e-3
 
 
-def test_the_last_solve_fits_the_measurements() -> None:
+def test_consistency_fits_the_measurements() -> None:
     problem = sampling(A_T, 2)
     misfits = [
         float((problem.operator.forward(last(iterate(s, problem)).x) - problem.y).norm())
@@ -350,6 +350,7 @@ def test_the_last_solve_fits_the_measurements() -> None:
         ("guidance", "guidance is 2.0 and the model 'toy' knows no empty context"),
         ("no whole", "does not know what else could be measured"),
         ("nonlinear", "needs a linear operator"),
+        ("nonlinear with consistency", "needs a linear operator"),
     ],
 )
 def test_sampling_refuses(case: str, said: str) -> None:
@@ -378,5 +379,8 @@ def test_sampling_refuses(case: str, said: str) -> None:
         problem = problem._replace(operator=Bare(A_C, 2))
     elif case == "nonlinear":
         problem = problem._replace(operator=type("Squared", (), {"forward": lambda self, x: x * x})())
+    elif case == "nonlinear with consistency":
+        lifting = {"forward": lambda self, x: x * x, "lift": lambda self, y, chosen: y}
+        problem, sampler = problem._replace(operator=type("Squared", (), lifting)()), replace(FAST, consistency=0.1)
     with pytest.raises(ValueError, match=said):
         list(iterate(sampler, problem))
