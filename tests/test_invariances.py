@@ -98,8 +98,8 @@ FACTORS = (1e-3, 1e3)
 def test_every_reconstructing_sampler_is_held_to_this() -> None:
     kinds = {k for k in registered("samplers") if not issubclass(find("samplers", k), Solver)}
     adjoint = "zero-filled"  # is A^H y: a picture of k-space, and of a sinogram one whose residual is a diverged run's
-    model = "forward-model"  # wants a model of scans, not a prior: test_forward_models.py
-    assert kinds - {adjoint, model} == {*ORACLE, *PRIOR_FREE} == {name.partition(",")[0] for name in SHORT}
+    models = {"forward-model", "one-step"}  # want a model of scans, not a prior: test_forward_models.py
+    assert kinds - {adjoint, *models} == {*ORACLE, *PRIOR_FREE} == {name.partition(",")[0] for name in SHORT}
     assert all(find("samplers", k).estimate == "point estimate" for k in PRIOR_FREE)
 
 
