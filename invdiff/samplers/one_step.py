@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -10,14 +11,25 @@ from invdiff.measured import inputs_of, lift, nothing, response_of
 from invdiff.measured.model import ONE_STEP
 from invdiff.measured.one_step import LEVEL
 from invdiff.protocols import Problem
-from invdiff.samplers.checks import linear
-from invdiff.samplers.classical import FBP, FBPState
+from invdiff.samplers.checks import at_least, linear
+from invdiff.samplers.classical import FBPState
 from invdiff.samplers.forward_model import check_noise, model_of
 
 
 @dataclass(frozen=True)
-class OneStep(FBP):
+class OneStep:
     """E[x | y] in one step, by a model of ``invdiff train --from`` whose method is ssdu or supervised. No samples."""
+
+    estimate: ClassVar[str] = "point estimate"
+
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1)
+
+    def sigma(self, i: int) -> float:  # noqa: ARG002
+        """Always 0: no noise levels."""
+        return 0.0
 
     def init(self, problem: Problem) -> FBPState:
         """Zero.
@@ -27,7 +39,7 @@ class OneStep(FBP):
         """
         info = model_of(problem, ONE_STEP, "one-step")
         check_noise(problem, info, response_of(linear(self, problem)))
-        return super().init(problem)
+        return FBPState(0, torch.zeros(problem.operator.domain.shape, device=problem.y.device))
 
     def step(self, problem: Problem, state: FBPState) -> FBPState:  # noqa: ARG002
         """x = U(lift of y)."""
