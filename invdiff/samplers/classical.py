@@ -25,11 +25,8 @@ class FBPState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FBP:
-    """The operator's own pseudo-inverse in one step: filtered back-projection for CT, zero-filling for MRI.
-
-    Of the data as the scanner gave them: what no view sees counts as air, not as the middle of the prior's range.
-    """
+class OneShot:
+    """What an image made in one step has: a point estimate without noise levels. A subclass writes ``step``."""
 
     estimate: ClassVar[str] = "point estimate"
 
@@ -46,6 +43,14 @@ class FBP:
         """Zero."""
         linear(self, problem)
         return FBPState(0, torch.zeros(problem.operator.domain.shape, device=problem.y.device))
+
+
+@dataclass(frozen=True)
+class FBP(OneShot):
+    """The operator's own pseudo-inverse in one step: filtered back-projection for CT, zero-filling for MRI.
+
+    Of the data as the scanner gave them: what no view sees counts as air, not as the middle of the prior's range.
+    """
 
     def step(self, problem: Problem, state: FBPState) -> FBPState:  # noqa: ARG002
         """x = A^+ y."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -11,40 +10,25 @@ from invdiff.measured import inputs_of, lift, nothing, response_of
 from invdiff.measured.model import ONE_STEP
 from invdiff.measured.one_step import LEVEL
 from invdiff.protocols import Problem
-from invdiff.samplers.checks import at_least, linear
-from invdiff.samplers.classical import FBPState
+from invdiff.samplers.checks import linear
+from invdiff.samplers.classical import FBPState, OneShot
 from invdiff.samplers.forward_model import check_noise, model_of
 
 
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(OneShot):
     """E[x | y] in one step, by a model of ``invdiff train --from`` whose method is ssdu or supervised. No samples."""
 
-    estimate: ClassVar[str] = "point estimate"
-
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        at_least(self, steps=1)
-
-    def sigma(self, i: int) -> float:  # noqa: ARG002
-        """Always 0: no noise levels."""
-        return 0.0
-
-    def init(self, problem: Problem) -> FBPState:
-        """Zero.
+    def step(self, problem: Problem, state: FBPState) -> FBPState:  # noqa: ARG002
+        """x = U(lift of y).
 
         Raises:
             ValueError: a usual prior, a model that samples, a nonlinear operator, noise that the model does not know.
         """
-        info = model_of(problem, ONE_STEP, "one-step")
-        check_noise(problem, info, response_of(linear(self, problem)))
-        return FBPState(0, torch.zeros(problem.operator.domain.shape, device=problem.y.device))
-
-    def step(self, problem: Problem, state: FBPState) -> FBPState:  # noqa: ARG002
-        """x = U(lift of y)."""
         info, A = model_of(problem, ONE_STEP, "one-step"), linear(self, problem)
-        context = lift(A, problem.y, response_of(A), problem.sigma_y, info.sigma_data, info.lift_steps)
+        response = response_of(A)
+        check_noise(problem, info, response)
+        context = lift(A, problem.y, response, problem.sigma_y, info.sigma_data, info.lift_steps)
         inputs = inputs_of(context, nothing(context.image), info.sigma_data).stacked()
         x = problem.prior.denoise(inputs, torch.tensor(LEVEL, dtype=inputs.dtype, device=inputs.device))
         return FBPState(self.steps, x[:, : context.image.shape[1]])
