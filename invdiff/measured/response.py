@@ -231,8 +231,8 @@ def _lift_of_images(
     wide = _margins(h, w)
     fall = falling(h + wide[2] + wide[3], w + wide[0] + wide[1], c)
     power = fall + under
-    kept = fall * seen.share.clamp(max=NEAR) / (power + rho / seen.gain)
-    lines = torch.full_like(fall, 2.0)
+    kept = fall * seen.share.clamp(max=NEAR) / (power + rho * seen.per_gain)
+    lines = torch.full_like(fall, 2.0)  # of the whole plane's frequencies a column of the half plane stands for
     lines[..., 0] = 1.0
     return Lift(image, kept.mean((1, 2, 3), keepdim=True) * response.where, kept, fall * lines / (fall * lines).mean())
 
@@ -284,14 +284,12 @@ class _Seen(NamedTuple):
     @property
     def share(self) -> Tensor:
         """How many of the frequencies about each A sees, if it is a mask on them: t^2 / r for t and r times 0 or g."""
-        return self.transfer.square() / self.rows.clamp_min(torch.finfo(self.rows.dtype).tiny)
+        return self.transfer * self.per_gain
 
     @property
-    def gain(self) -> Tensor:
-        """g of those that it sees."""
-        return (self.rows / self.transfer.clamp_min(torch.finfo(self.rows.dtype).tiny)).clamp_min(
-            torch.finfo(self.rows.dtype).tiny
-        )
+    def per_gain(self) -> Tensor:
+        """1 / g of those that it sees."""
+        return self.transfer / self.rows.clamp_min(torch.finfo(self.rows.dtype).tiny)
 
 
 def _seen(operator: Any, response: Response, noise: float, deviation: float, least: float | None = None) -> _Seen:
